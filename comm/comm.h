@@ -1,0 +1,87 @@
+/* Groups of ranks: who is here, how they agree, and how flat buffers are summed over them.
+ * Refuses to let a rank leave a phase before the others know why. */
+#ifndef CPL_COMM_H
+#define CPL_COMM_H
+
+#include "io/base/status.h"
+#include "kernels/kernels.h"
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct cpl_comm cpl_comm;
+
+/* The world: MPI where a launcher started us (Open MPI, PMIx, PMI variables), else one process without MPI.
+ * Errors: CPL_COMM; CPL_USAGE where Slurm started several tasks that cannot find each other (no PMIx). */
+cpl_status cpl_world_init(cpl_comm **world, int *argc, char ***argv);
+/* Collective. Ends MPI too, and the watchdog after it. Accepts NULL inside. Where an MPI call has failed the ranks cannot agree any
+ * more: then this is cpl_world_abort with exit status 1, after the message of a rank other than 0. */
+void cpl_world_finish(cpl_comm **world);
+/* The last resort when ranks cannot agree any more: ends all processes of the job with this exit status, at once. */
+_Noreturn void cpl_world_abort(cpl_comm *world, int exit_status);
+
+int cpl_comm_rank(const cpl_comm *c);
+int cpl_comm_size(const cpl_comm *c);
+int cpl_comm_local_rank(const cpl_comm *c); /* among the world's ranks of this host, in every group: it picks the GPU */
+int cpl_comm_local_size(const cpl_comm *c);
+const char *cpl_comm_kind(const cpl_comm *c);  /* "self" or "mpi" */
+const void *cpl_comm_mpi(const cpl_comm *c);   /* MPI_Comm * for parallel HDF5, NULL for self */
+void cpl_comm_library(char *out, size_t size); /* "Open MPI 4.1.4" */
+cpl_status cpl_comm_hostnames(cpl_comm *c, char **out,
+                              cpl_arena *arena); /* collective; distinct names, comma separated, in rank order */
+
+/* Collective. Ranks with the same color form a group, ordered by their rank. */
+cpl_status cpl_comm_split(cpl_comm *c, int color, cpl_comm **out);
+void cpl_comm_destroy(cpl_comm **c);
+
+/* --- control plane: small host values, collective over the group, blocking --- */
+typedef enum { CPL_SUM, CPL_MAX, CPL_MIN } cpl_reduce_op;
+cpl_status cpl_comm_barrier(cpl_comm *c);
+cpl_status cpl_comm_bcast(cpl_comm *c, void *data, size_t bytes, int root);
+cpl_status cpl_comm_allreduce_i64(cpl_comm *c, int64_t *x, size_t count, cpl_reduce_op op);
+/* For values that only one rank sets and the others leave 0 this is an exact gather. */
+cpl_status cpl_comm_allreduce_f64(cpl_comm *c, double *x, size_t count, cpl_reduce_op op);
+/* *before = sum of x over the ranks below this one. */
+cpl_status cpl_comm_exscan_i64(cpl_comm *c, int64_t x, int64_t *before);
+
+/* Collective decision about a failure: every rank gives its status and gets the worst; of equal ones the lowest rank's. The message
+ * of that rank, with "rank N: " (N: its rank in the world) before it where the group has more than one, becomes the message of all.
+ * A status that passes through several agreements keeps one "rank N: ". Source of the idea: style rule 4 of this project; use it
+ * before any collective that a failed rank would not enter. */
+cpl_status cpl_agree(cpl_comm *c, cpl_status st);
+
+/* One word of a step, decided by all at once: bitwise or over the ranks. */
+enum { CPL_WORD_OVERFLOW = 1, CPL_WORD_ERROR = 2, CPL_WORD_STOP = 4 };
+cpl_status cpl_comm_agree_word(cpl_comm *c, uint32_t *word);
+
+/* --- data plane: device buffers over the flat layout --- */
+/* Bitwise or over the ranks of one word in device memory: the overflow consensus. */
+cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag);
+/* Rank r owns elements [begin[r], begin[r+1]) of a flat buffer (begin: host, size+1 values; a part may be empty).
+ * Sum over ranks, each rank's own part of x gets the result, the rest of x is then undefined. The sum is a balanced binary tree
+ * over the rank numbers (halves, recursively), so for 2^k ranks it continues a tree over micro-batches: its bits depend on the
+ * values alone. f32. */
+cpl_status cpl_comm_reduce_scatter(cpl_comm *c, cpl_device *dev, float *x, const int64_t *begin);
+/* Every rank gets every part. element: bytes of one. */
+cpl_status cpl_comm_allgather(cpl_comm *c, cpl_device *dev, void *x, size_t element, const int64_t *begin);
+
+/* --- a shared counter, for handing out trials --- */
+typedef struct cpl_counter cpl_counter;
+cpl_status cpl_counter_create(cpl_counter **out, cpl_comm *c, int64_t start); /* collective */
+void cpl_counter_destroy(cpl_counter **counter);                              /* collective */
+/* One-sided: takes the next value without the help of other ranks' code (MPI_Fetch_and_op). Where MPI has no one-sided calls
+ * between the hosts (Debian's Open MPI over TCP) rank 0 of the group answers, whenever it is in a call of comm.h that waits or in
+ * cpl_comm_progress: it must not wait for the others elsewhere (a collective HDF5 call over all ranks, say) while they may still
+ * take numbers. */
+cpl_status cpl_counter_next(cpl_counter *counter, int64_t *value);
+/* Lets MPI make progress on behalf of others and answers for shared counters; cheap; called between steps of long work. */
+void cpl_comm_progress(cpl_comm *c);
+
+/* --- watchdog: a rank that stops or hangs must not keep the others for ever --- */
+/* Starts a thread that ends this process (message naming host, rank, phase and a stopped rank of this host; exit status 1) when no
+ * beat came for `seconds`; 0: none. The launcher then ends the other ranks. Time in which the process itself was suspended does not
+ * count. */
+cpl_status cpl_watchdog_start(cpl_comm *world, int seconds);
+void cpl_watchdog_beat(const char *phase); /* phase: static text */
+void cpl_watchdog_stop(void);
+
+#endif

@@ -1,0 +1,69 @@
+/* What the files of this folder share about a workspace: where each activation lies.
+ * Refuses to be included outside jobs/model and its tests. */
+#ifndef CPL_JOBS_MODEL_INTERNAL_H
+#define CPL_JOBS_MODEL_INTERNAL_H
+
+#include "jobs/model/model.h"
+
+/* Activations of one block, R = B*T. All borrowed from the workspace's memory. Blocks share buffers as the kind of recomputation
+ * allows; without training all blocks share all of them, sum1 and sum2 are one buffer, so are norm1, context and norm2, and qkv and
+ * act. */
+typedef struct {
+    void *sum1;           /* [R,C] act: the residual stream that enters the block */
+    void *norm1;          /* [R,C] act: its LayerNorm */
+    float *mean1, *rstd1; /* [R] */
+    void *qkv;            /* [R,3C] act */
+    void *context;        /* [R,C] act: output of attention before its projection */
+    float *lse;           /* [B,H,T] */
+    void *sum2;           /* [R,C] act: the residual stream between attention and MLP */
+    void *norm2;          /* [R,C] act */
+    float *mean2, *rstd2; /* [R] */
+    void *pre;            /* [R,4C] act: before GELU; NULL without training */
+    void *act;            /* [R,4C] act: after GELU; the backward pass reuses it for gradients once it is dead */
+} cpl_block_activations;
+
+struct cpl_workspace {
+    cpl_device *dev;          /* borrowed */
+    const cpl_layout *layout; /* borrowed */
+    cpl_dtype dt;
+    bool training;
+    cpl_recompute recompute;
+    int64_t B, T, R, loss_rows;
+    void *memory; /* owned, device: everything below but `block` */
+    size_t bytes;
+    cpl_block_activations *block; /* owned, host [layers] */
+    void *delta;                  /* [R,C] act: what a block's half adds to the residual stream; in the backward pass a gradient */
+    void *sum, *hidden;           /* [R,C] act: the residual stream at the end, and its LayerNorm */
+    float *mean, *rstd;           /* [R] of the last LayerNorm */
+    void *logits;                 /* [loss_rows,V] act */
+    void *dsum;                   /* [R,C] act: gradient over the residual stream; NULL without training */
+};
+
+/* Where element i of an activation or weight buffer lies. */
+static inline void *cpl_act_at(const cpl_workspace *ws, const void *buffer, int64_t i) {
+    return (char *)buffer + (size_t)i * cpl_dtype_size(ws->dt);
+}
+static inline const void *cpl_weight(const cpl_workspace *ws, const void *weights, const cpl_param *p) {
+    return cpl_act_at(ws, weights, p->offset);
+}
+static inline const void *cpl_block_weight(const cpl_workspace *ws, const void *weights, int64_t layer, cpl_block_param role) {
+    return cpl_weight(ws, weights, cpl_layout_block(ws->layout, layer, role));
+}
+
+/* Block `layer` on the residual stream x + delta (delta NULL: x): its activations, and in ws->delta what it adds to sum2.
+ * rerun: computes the same activations again from sum1, without that last product. */
+cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t layer, const void *x, const void *delta, bool rerun);
+
+/* Head, loss, and their backward after cpl_model_forward: ws->delta = gradient over `hidden`, gradient of wte +=. */
+cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *targets, const cpl_model_loss *loss,
+                         const cpl_step_state *state, float *grad, float *soft, float *hard);
+
+/* Hidden-state loss after cpl_model_forward of student and teacher and the backward pass of the last LayerNorm: ws->dsum, the
+ * gradients of the last LayerNorm and of the projection +=, loss->hidden +=. Overwrites ws->delta and the teacher's activations but
+ * its `hidden`. */
+cpl_status cpl_hidden_step(cpl_workspace *ws, const void *weights, const cpl_model_loss *loss, const cpl_step_state *state,
+                           float *grad);
+/* Backward of the last LayerNorm: ws->dsum = LayerNorm'(ws->delta) + dres (NULL: none; may be ws->dsum). */
+cpl_status cpl_final_norm_backward(cpl_workspace *ws, const void *weights, const void *dres, float *grad);
+
+#endif

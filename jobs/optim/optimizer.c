@@ -1,0 +1,253 @@
+/* The optimizer's flat buffers and the end of a step.
+ * Refuses to touch a parameter before all ranks have agreed on overflow. */
+#include "jobs/optim/optimizer.h"
+#include <string.h>
+
+cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches) {
+    bool dynamic =
+        t->loss_scaling == CPL_SCALING_DYNAMIC || (t->loss_scaling == CPL_SCALING_AUTO && t->precision == CPL_PRECISION_FP16);
+    cpl_step_rules r = {.dynamic = dynamic,
+                        .growth = (float)t->scale_growth,
+                        .backoff = (float)t->scale_backoff,
+                        .growth_interval = (int32_t)t->scale_interval,
+                        .hysteresis = (int32_t)t->hysteresis,
+                        .min_scale = (float)t->min_scale,
+                        .max_scale = (float)t->max_scale,
+                        .clip = (float)t->clip,
+                        .beta1 = (float)t->beta1,
+                        .beta2 = (float)t->beta2,
+                        .eps = (float)t->eps,
+                        .inv_micro_batches = (float)(1.0 / (double)micro_batches)};
+    return r;
+}
+
+static float first_scale(const cpl_training *t) {
+    bool one = t->loss_scaling == CPL_SCALING_AUTO && t->precision != CPL_PRECISION_FP16;
+    return one ? 1 : (float)t->loss_scale;
+}
+
+static int64_t chunks_of(const cpl_layout *l) {
+    return (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
+}
+
+/* Shards in elements and in chunks, and what this rank updates. */
+static cpl_status divide(cpl_optimizer *o, const cpl_training *t) {
+    cpl_status st = CPL_OK;
+    int ranks = cpl_comm_size(o->comm), rank = cpl_comm_rank(o->comm);
+    CPL_TRY(cpl_alloc(&o->shard, (size_t)ranks + 1, sizeof *o->shard, "shard table"));
+    CPL_TRY(cpl_alloc(&o->chunk, (size_t)ranks + 1, sizeof *o->chunk, "shard table"));
+    cpl_layout_shards(o->layout, ranks, o->shard);
+    for (int r = 0; r <= ranks; r++) {
+        o->chunk[r] = (o->shard[r] + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
+    }
+    o->begin = o->shard[rank];
+    o->n = o->shard[rank + 1] - o->begin;
+    o->sharded = t->optimizer == CPL_OPTIMIZER_SHARDED;
+    o->first = o->sharded ? o->begin : 0;
+    o->count = o->sharded ? o->n : o->layout->total;
+done:
+    return st;
+}
+
+static cpl_status allocate(cpl_optimizer *o, bool masked) {
+    cpl_status st = CPL_OK;
+    size_t total = (size_t)o->layout->total, count = (size_t)o->count, tensors = (size_t)o->layout->count;
+    CPL_TRY(cpl_device_alloc(o->dev, &o->work, total, cpl_dtype_size(o->dtype), "working weights"));
+    CPL_TRY(cpl_device_alloc(o->dev, &o->grad, total, sizeof(float), "gradients"));
+    if (o->dtype == CPL_F32) {
+        o->param = (float *)o->work + o->first;
+    } else {
+        CPL_TRY(cpl_device_alloc(o->dev, &o->param, count, sizeof(float), "master weights"));
+    }
+    CPL_TRY(cpl_device_alloc(o->dev, &o->m, count, sizeof(float), "AdamW first moments"));
+    CPL_TRY(cpl_device_alloc(o->dev, &o->v, count, sizeof(float), "AdamW second moments"));
+    if (masked) {
+        CPL_TRY(cpl_device_alloc(o->dev, &o->mask, count, 1, "pruning mask"));
+    }
+    CPL_TRY(cpl_device_alloc(o->dev, &o->chunk_sums, (size_t)chunks_of(o->layout), sizeof(double), "norm partial sums"));
+    CPL_TRY(cpl_device_alloc(o->dev, &o->kinds, tensors, sizeof(uint32_t), "overflow kinds"));
+    CPL_TRY(cpl_device_alloc(o->dev, &o->overflow, 1, sizeof(uint32_t), "overflow flag"));
+    CPL_TRY(cpl_device_alloc(o->dev, &o->state, 1, sizeof(cpl_step_state), "step state"));
+done:
+    return st;
+}
+
+/* A shard on the host into the same range of a buffer that holds [first, first+count), the other ranks' shards with it where it is
+ * replicated. */
+static cpl_status place(cpl_optimizer *o, void *buffer, const void *host, size_t element) {
+    cpl_status st = CPL_OK;
+    char *to = (char *)buffer + (size_t)(o->begin - o->first) * element;
+    cpl_status local = o->n == 0 ? CPL_OK : CPL_OPS(o->dev, upload, to, host, (size_t)o->n * element);
+    CPL_TRY(cpl_agree(o->comm, local));
+    if (!o->sharded) {
+        CPL_TRY(cpl_comm_allgather(o->comm, o->dev, buffer, element, o->shard));
+    }
+done:
+    return st;
+}
+
+/* work from the master weights: own shard cast, then gathered. */
+static cpl_status spread_weights(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    if (o->dtype != CPL_F32) {
+        char *own = (char *)o->work + (size_t)o->begin * cpl_dtype_size(o->dtype);
+        cpl_status local = CPL_OPS(o->dev, cast_from_f32, o->dtype, own, o->param + (o->begin - o->first), o->n);
+        CPL_TRY(cpl_agree(o->comm, local));
+    }
+    CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard));
+done:
+    return st;
+}
+
+cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
+                                const cpl_training *t, const float *initial, const uint8_t *mask) {
+    cpl_status st = CPL_OK;
+    cpl_optimizer *o = NULL;
+    cpl_status local = cpl_alloc(&o, 1, sizeof *o, "optimizer");
+    if (local == CPL_OK) {
+        o->comm = comm;
+        o->dev = dev;
+        o->layout = layout;
+        o->dtype = cpl_precision_dtype(t->precision);
+        o->weight_decay = (float)t->weight_decay;
+        o->rules = cpl_step_rules_of(t, t->global_batch / t->micro_batch);
+        local = divide(o, t);
+    }
+    if (local == CPL_OK) {
+        local = allocate(o, mask != NULL);
+    }
+    CPL_TRY(cpl_agree(comm, local));
+    cpl_step_state state = {.loss_scale = first_scale(t), .hysteresis_left = (int32_t)t->hysteresis};
+    CPL_TRY(cpl_agree(comm, CPL_OPS(dev, upload, o->state, &state, sizeof state)));
+    if (mask != NULL) {
+        CPL_TRY(place(o, o->mask, mask, 1));
+    }
+    CPL_TRY(place(o, o->param, initial, sizeof(float)));
+    CPL_TRY(spread_weights(o));
+    *out = o;
+    o = NULL;
+done:
+    cpl_optimizer_destroy(&o);
+    return st;
+}
+
+void cpl_optimizer_destroy(cpl_optimizer **opt) {
+    cpl_optimizer *o = *opt;
+    if (o == NULL) {
+        return;
+    }
+    if (o->dtype != CPL_F32) {
+        cpl_device_free(o->dev, &o->param);
+    }
+    cpl_device_free(o->dev, &o->work);
+    cpl_device_free(o->dev, &o->grad);
+    cpl_device_free(o->dev, &o->m);
+    cpl_device_free(o->dev, &o->v);
+    cpl_device_free(o->dev, &o->mask);
+    cpl_device_free(o->dev, &o->chunk_sums);
+    cpl_device_free(o->dev, &o->kinds);
+    cpl_device_free(o->dev, &o->overflow);
+    cpl_device_free(o->dev, &o->state);
+    cpl_free(&o->shard);
+    cpl_free(&o->chunk);
+    cpl_free(opt);
+}
+
+int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked) {
+    int64_t shard[2] = {0, layout->total};
+    int64_t each = (chunks_of(layout) + ranks - 1) / ranks * CPL_SUM_CHUNK; /* as cpl_layout_shards */
+    if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
+        shard[0] = each * rank < layout->total ? each * rank : layout->total;
+        shard[1] = each * (rank + 1) < layout->total ? each * (rank + 1) : layout->total;
+    }
+    int64_t count = shard[1] - shard[0], element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
+    int64_t master = t->precision == CPL_PRECISION_FP32 ? 0 : 4;
+    return layout->total * (element + 4) + count * (master + 8 + masked) + 8 * chunks_of(layout) + 4 * (layout->count + 1) +
+           (int64_t)sizeof(cpl_step_state);
+}
+
+cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
+    CPL_TRY(CPL_OPS(o->dev, grad_scan, o->kinds, o->overflow, o->grad, o->layout->begin, o->layout->count));
+done:
+    return st;
+}
+
+/* AdamW over [first, first+count): decayed tensors come first in the flat order. */
+static cpl_status update(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    int64_t end = o->first + o->count;
+    int64_t middle = o->layout->decayed_end < o->first ? o->first : o->layout->decayed_end > end ? end : o->layout->decayed_end;
+    const int64_t from[3] = {o->first, middle, end};
+    for (int part = 0; part < 2; part++) {
+        int64_t at = from[part] - o->first, n = from[part + 1] - from[part];
+        if (n == 0) {
+            continue;
+        }
+        char *work = (char *)o->work + (size_t)from[part] * cpl_dtype_size(o->dtype);
+        CPL_TRY(CPL_OPS(o->dev, adamw, o->dtype, o->param + at, work, o->m + at, o->v + at, o->grad + from[part],
+                        o->mask == NULL ? NULL : o->mask + at, n, part == 0 ? o->weight_decay : 0, o->state, &o->rules));
+    }
+done:
+    return st;
+}
+
+/* Norm and decision from the summed gradient; every rank gets the same bits, for one partial sum per chunk is gathered, not added
+ * up on the way. */
+static cpl_status decide(cpl_optimizer *o, float lr) {
+    cpl_status st = CPL_OK;
+    int rank = cpl_comm_rank(o->comm);
+    cpl_status local = CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n);
+    if (local == CPL_OK) {
+        size_t at = offsetof(cpl_step_state, lr);
+        local = CPL_OPS(o->dev, upload, (char *)o->state + at, &lr, sizeof lr);
+    }
+    CPL_TRY(cpl_agree(o->comm, local));
+    CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
+    CPL_TRY(CPL_OPS(o->dev, step_control, o->state, &o->rules, o->overflow, o->chunk_sums, chunks_of(o->layout)));
+done:
+    return st;
+}
+
+cpl_status cpl_optimizer_step(cpl_optimizer *o, float lr) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow));
+    CPL_TRY(cpl_comm_reduce_scatter(o->comm, o->dev, o->grad, o->shard));
+    if (!o->sharded) {
+        CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
+    }
+    CPL_TRY(decide(o, lr));
+    CPL_TRY(cpl_agree(o->comm, update(o)));
+    if (o->sharded) {
+        CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard));
+    }
+done:
+    return st;
+}
+
+cpl_status cpl_optimizer_download(cpl_optimizer *o, float *param, float *m, float *v, cpl_step_state *state) {
+    cpl_status st = CPL_OK;
+    int64_t at = o->begin - o->first;
+    size_t bytes = (size_t)o->n * sizeof(float);
+    CPL_TRY(CPL_OPS(o->dev, download, state, o->state, sizeof *state));
+    if (bytes > 0) {
+        CPL_TRY(CPL_OPS(o->dev, download, param, o->param + at, bytes));
+        CPL_TRY(CPL_OPS(o->dev, download, m, o->m + at, bytes));
+        CPL_TRY(CPL_OPS(o->dev, download, v, o->v + at, bytes));
+    }
+done:
+    return st;
+}
+
+cpl_status cpl_optimizer_restore(cpl_optimizer *o, const float *param, const float *m, const float *v,
+                                 const cpl_step_state *state) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, upload, o->state, state, sizeof *state)));
+    CPL_TRY(place(o, o->param, param, sizeof(float)));
+    CPL_TRY(place(o, o->m, m, sizeof(float)));
+    CPL_TRY(place(o, o->v, v, sizeof(float)));
+    CPL_TRY(spread_weights(o));
+done:
+    return st;
+}

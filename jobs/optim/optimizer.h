@@ -1,0 +1,60 @@
+/* The optimizer's flat buffers on one rank and the end of a step: reduce, decide, update, hand the new weights round.
+ * Refuses to touch a parameter before all ranks have agreed on overflow. */
+#ifndef CPL_JOBS_OPTIM_OPTIMIZER_H
+#define CPL_JOBS_OPTIM_OPTIMIZER_H
+
+#include "comm/comm.h"
+#include "jobs/model/model.h"
+#include "jobs/options.h"
+
+/* The part [begin, begin+n) of the flat buffers is this rank's to store and check-point (`part`); it updates [first, first+count),
+ * which is the same with optimizer: sharded (ZeRO-1; Rajbhandari et al. 2020, arXiv:1910.02054), or everything with optimizer:
+ * replicated. */
+typedef struct {
+    cpl_comm *comm;           /* borrowed */
+    cpl_device *dev;          /* borrowed */
+    const cpl_layout *layout; /* borrowed */
+    cpl_dtype dtype;
+    int64_t *shard;       /* owned [ranks+1], host */
+    int64_t *chunk;       /* owned [ranks+1], host: shard in units of CPL_SUM_CHUNK */
+    int64_t begin, n;     /* this rank's shard */
+    bool sharded;         /* ZeRO-1 */
+    int64_t first, count; /* updated here */
+    float weight_decay;
+    cpl_step_rules rules;
+    /* owned, device */
+    void *work;         /* [total] act: what forward and backward read */
+    float *grad;        /* [total]: sum over this rank's micro-batches, still scaled */
+    float *param;       /* [count] master weights; inside work for fp32 */
+    float *m, *v;       /* [count] */
+    uint8_t *mask;      /* [count] or NULL */
+    double *chunk_sums; /* [chunks of total] */
+    uint32_t *kinds;    /* [tensors]: 1 inf, 2 nan, of this rank's own gradient */
+    uint32_t *overflow; /* [1] */
+    cpl_step_state *state;
+} cpl_optimizer;
+
+/* Constants of the step from the options; micro_batches: of the whole global batch. */
+cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches);
+
+/* initial: host [n], this rank's shard of the weights; mask: host [n] or NULL. Collective (the working copy is gathered).
+ * Errors: CPL_NO_MEMORY, agreed by all ranks. */
+cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
+                                const cpl_training *t, const float *initial, const uint8_t *mask);
+void cpl_optimizer_destroy(cpl_optimizer **opt);
+/* Device bytes per rank, for the plan. */
+int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked);
+
+/* Which tensors of this rank's gradient are not finite (into kinds, overflow). */
+cpl_status cpl_optimizer_scan(cpl_optimizer *opt);
+/* Collective, after cpl_optimizer_scan: combines the overflow, sums the gradient over ranks, decides, updates, gathers the working
+ * copy. lr: of this step. */
+cpl_status cpl_optimizer_step(cpl_optimizer *opt, float lr);
+
+/* This rank's shard of param, m, v to (download) or from (restore) host buffers [n] each. restore is collective: the working copy
+ * is gathered. */
+cpl_status cpl_optimizer_download(cpl_optimizer *opt, float *param, float *m, float *v, cpl_step_state *state);
+cpl_status cpl_optimizer_restore(cpl_optimizer *opt, const float *param, const float *m, const float *v,
+                                 const cpl_step_state *state);
+
+#endif

@@ -1,0 +1,31 @@
+/* Exact magnitude pruning over the ranks: which weights go, and what that did.
+ * Refuses NaN (named by tensor), and to let any rank see another rank's weights. */
+#ifndef CPL_JOBS_SELECT_H
+#define CPL_JOBS_SELECT_H
+
+#include "io/record.h"
+#include "jobs/options.h"
+#include "jobs/store.h"
+
+typedef struct {
+    int64_t population; /* N: prunable weights, zeros included */
+    int64_t removed;    /* k = floor(sparsity * N); with scope tensor the sum of the tensors' */
+    double threshold;   /* magnitude of the k-th smallest; scope tensor: the largest of the tensors'; 0 for k = 0 */
+    int64_t ties;       /* weights of exactly that magnitude (scope global) */
+    int64_t *by_tensor; /* owned [layout->count]: weights removed of each tensor */
+} cpl_prune_report;
+void cpl_prune_report_free(cpl_prune_report *r);
+
+/* Whether tensor p belongs to the population. */
+static inline bool cpl_prune_includes(const cpl_prune_options *o, const cpl_param *p) {
+    return p->prunable || (o->include == CPL_INCLUDE_ALL && !p->one_d);
+}
+/* Collective. Removes exactly k weights: all of a key |w| below the k-th smallest's and, among equals, those of the smallest flat
+ * index. Sets shard->mask (shard->masked must be) and zeroes shard->param where it is 0. The same mask, bit for bit, for any number
+ * of ranks. Radix selection on the 31-bit keys: three histograms of 2^11, 2^10, 2^10 counts, each summed over the ranks. */
+cpl_status cpl_prune_weights(cpl_comm *comm, cpl_device *dev, const cpl_layout *layout, const cpl_prune_options *options,
+                             cpl_shard *shard, cpl_prune_report *report);
+/* Requested and exact sparsity, k, threshold, ties and the share of each tensor that went, into a stage's record. */
+cpl_status cpl_prune_record(cpl_record *rec, const cpl_layout *layout, const cpl_prune_options *o, const cpl_prune_report *r);
+
+#endif

@@ -1,0 +1,55 @@
+/* What every stage that trains has in common.
+ * Refuses to choose the first weights. */
+#include "jobs/training_stage.h"
+#include "io/base/log.h"
+#include <string.h>
+
+void cpl_shard_take(cpl_shard *s, const float *whole) {
+    if (s->n > 0) {
+        memcpy(s->param, whole + s->begin, (size_t)s->n * sizeof *whole);
+    }
+}
+
+static cpl_status write_record(cpl_record *rec, const cpl_layout *layout, const cpl_training *t, const cpl_training_result *result,
+                               int64_t peak) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(cpl_record_model(rec, layout, result->val_loss, cpl_dense_bytes(layout)));
+    CPL_TRY(cpl_metrics_record(result->metrics, rec, layout, t->global_batch * layout->shape.context, t->grad_exponents));
+    CPL_TRY(cpl_record_i64(rec, "resumed_from_step", result->resumed_from));
+    CPL_TRY(cpl_record_i64(rec, "device_bytes_peak", peak));
+done:
+    return st;
+}
+
+cpl_status cpl_training_stage_run(cpl_context *ctx, cpl_stage *stage, cpl_record *record, const cpl_layout *layout,
+                                  const cpl_training *options, int64_t steps, const cpl_shard *shard, const cpl_model_loss *loss) {
+    cpl_status st = CPL_OK;
+    cpl_split train, val;
+    cpl_training_result result = {0};
+    CPL_TRY(cpl_context_text(ctx, ctx->world, &layout->shape, &train, &val));
+    cpl_trainer_spec spec = {.comm = ctx->world,
+                             .dev = ctx->dev,
+                             .layout = layout,
+                             .options = options,
+                             .run = &ctx->job->run,
+                             .steps = steps,
+                             .train = &train,
+                             .val = &val,
+                             .seed = (uint64_t)ctx->job->seed,
+                             .initial = shard->param,
+                             .mask = shard->mask,
+                             .loss = loss,
+                             .label = stage->name,
+                             .key = stage->key,
+                             .folder = stage->folder,
+                             .stop = ctx->stop};
+    CPL_TRY(cpl_trainer_run(&spec, &result));
+    int64_t peak = (int64_t)result.device_bytes;
+    CPL_TRY(cpl_comm_allreduce_i64(ctx->world, &peak, 1, CPL_MAX));
+    CPL_TRY(cpl_agree(ctx->world, write_record(record, layout, options, &result, peak)));
+    cpl_log_info("%s: validation loss %.4f after %lld steps, %.1f s", stage->name, result.val_loss, (long long)steps,
+                 result.wall_s);
+done:
+    cpl_training_result_free(&result);
+    return st;
+}

@@ -1,0 +1,36 @@
+/* What a back end offers to kernels/device.c beside its table of operations.
+ * Refuses to be included from outside kernels/. */
+#ifndef CPL_KERNELS_BACKEND_H
+#define CPL_KERNELS_BACKEND_H
+
+#include "kernels/kernels.h"
+
+typedef struct {
+    const char *kind; /* "cpu", "cuda" */
+    /* Fills dev->ops, dev->name and dev->impl, whose first member is a cpl_backend_device. Errors: CPL_UNSUPPORTED with what is
+     * missing. */
+    cpl_status (*open)(cpl_device *dev, int local_rank, int threads);
+    void (*close)(cpl_device *dev);
+    /* *out = `bytes` > 0 zeroed, 64-byte aligned, at least 64 of them. Errors: CPL_NO_MEMORY naming `what`. */
+    cpl_status (*alloc)(cpl_device *dev, void **out, size_t bytes, const char *what);
+    void (*free)(cpl_device *dev, void *memory, size_t bytes);
+    int (*threads)(const cpl_device *dev);
+    void (*describe)(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
+} cpl_backend;
+
+/* Size of a live allocation, kept outside device memory. */
+typedef struct {
+    void *memory; /* owned */
+    size_t bytes;
+} cpl_block;
+
+typedef struct {
+    const cpl_backend *backend; /* borrowed, static */
+    cpl_block *blocks;          /* owned [capacity] */
+    size_t count, capacity;
+    size_t held, peak; /* bytes */
+} cpl_backend_device;
+
+extern const cpl_backend cpl_cpu_backend;
+
+#endif

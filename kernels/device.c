@@ -1,0 +1,141 @@
+/* Devices: choice of a back end and accounting of its memory.
+ * Refuses to fall back in silence: a back end asked for by name is there or the call fails. */
+#include "kernels/backend.h"
+#include <string.h>
+
+static const cpl_backend *const backends[] = {&cpl_cpu_backend}; /* "auto" takes the first that opens */
+enum { BACKENDS = sizeof backends / sizeof backends[0] };
+
+const char *cpl_dtype_name(cpl_dtype t) {
+    static const char *const names[] = {[CPL_F32] = "fp32", [CPL_BF16] = "bf16", [CPL_F16] = "fp16"};
+    return names[t];
+}
+
+static cpl_backend_device *shared_of(const cpl_device *dev) {
+    return dev->impl;
+}
+
+cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads) {
+    cpl_status st = CPL_OK;
+    cpl_device *dev = NULL;
+    *out = NULL;
+    bool automatic = strcmp(backend, "auto") == 0;
+    if (!automatic && strcmp(backend, "cpu") != 0 && strcmp(backend, "cuda") != 0) {
+        CPL_FAIL(CPL_USAGE, "back end '%s': expected auto, cpu or cuda", backend);
+    }
+    if (threads < 0 || local_rank < 0) {
+        CPL_FAIL(CPL_USAGE, "device: %d threads and local rank %d: expected 0 or more", threads, local_rank);
+    }
+    CPL_TRY(cpl_alloc(&dev, 1, sizeof *dev, "device"));
+    for (int i = 0; i < BACKENDS; i++) {
+        if (automatic || strcmp(backend, backends[i]->kind) == 0) {
+            st = backends[i]->open(dev, local_rank, threads);
+            if (st == CPL_OK) {
+                dev->kind = backends[i]->kind;
+                shared_of(dev)->backend = backends[i];
+                *out = dev;
+                return CPL_OK;
+            }
+            if (!automatic || st != CPL_UNSUPPORTED) {
+                goto done;
+            }
+        }
+    }
+    if (!automatic) {
+        CPL_FAIL(CPL_UNSUPPORTED, "back end '%s' is not in this build: use cpu or auto", backend);
+    }
+done:
+    cpl_free(&dev);
+    return st;
+}
+
+void cpl_device_destroy(cpl_device **dev) {
+    if (dev == NULL || *dev == NULL) {
+        return;
+    }
+    cpl_backend_device *shared = shared_of(*dev);
+    const cpl_backend *backend = shared->backend;
+    for (size_t i = 0; i < shared->count; i++) {
+        backend->free(*dev, shared->blocks[i].memory, shared->blocks[i].bytes);
+    }
+    cpl_free(&shared->blocks);
+    backend->close(*dev);
+    cpl_free(dev);
+}
+
+static cpl_status reserve_block(cpl_backend_device *shared) {
+    cpl_status st = CPL_OK;
+    cpl_block *grown = NULL;
+    if (shared->count < shared->capacity) {
+        return CPL_OK;
+    }
+    size_t capacity = shared->capacity == 0 ? 64 : 2 * shared->capacity;
+    CPL_TRY(cpl_alloc(&grown, capacity, sizeof *grown, "list of device memory"));
+    if (shared->count != 0) {
+        memcpy(grown, shared->blocks, shared->count * sizeof *grown);
+    }
+    cpl_free(&shared->blocks);
+    shared->blocks = grown;
+    shared->capacity = capacity;
+done:
+    return st;
+}
+
+cpl_status cpl_device_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what) {
+    cpl_status st = CPL_OK;
+    cpl_backend_device *shared = shared_of(dev);
+    void *memory = NULL;
+    size_t bytes;
+    memcpy(out, &memory, sizeof memory);
+    if (!cpl_mul_size(count, size, &bytes)) {
+        CPL_FAIL(CPL_NO_MEMORY, "%s: %zu elements of %zu bytes do not fit the address space", what, count, size);
+    }
+    if (bytes == 0) {
+        return CPL_OK;
+    }
+    CPL_TRY(reserve_block(shared));
+    CPL_TRY(shared->backend->alloc(dev, &memory, bytes, what));
+    shared->blocks[shared->count++] = (cpl_block){.memory = memory, .bytes = bytes};
+    shared->held += bytes;
+    shared->peak = shared->held > shared->peak ? shared->held : shared->peak;
+    memcpy(out, &memory, sizeof memory);
+done:
+    return st;
+}
+
+void cpl_device_free(cpl_device *dev, void *pointer) {
+    void *memory = NULL;
+    void *none = NULL;
+    if (pointer == NULL) {
+        return;
+    }
+    memcpy(&memory, pointer, sizeof memory);
+    if (memory == NULL) {
+        return;
+    }
+    cpl_backend_device *shared = shared_of(dev);
+    for (size_t i = shared->count; i-- > 0;) {
+        if (shared->blocks[i].memory == memory) {
+            size_t bytes = shared->blocks[i].bytes;
+            shared->blocks[i] = shared->blocks[--shared->count];
+            shared->held -= bytes;
+            shared->backend->free(dev, memory, bytes);
+            memcpy(pointer, &none, sizeof none);
+            return;
+        }
+    }
+}
+
+void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak) {
+    *held = shared_of(dev)->held;
+    *peak = shared_of(dev)->peak;
+}
+
+int cpl_device_threads(const cpl_device *dev) {
+    return shared_of(dev)->backend->threads(dev);
+}
+
+void cpl_device_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to) {
+    line("device", dev->name, to);
+    shared_of(dev)->backend->describe(dev, line, to);
+}

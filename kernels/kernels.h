@@ -1,0 +1,104 @@
+/* Devices, buffers, element types and the table of operations; the contract of each operation stands in ops.def.
+ * Refuses to know what a model is: operations see pointers, shapes and element types. */
+#ifndef CPL_KERNELS_H
+#define CPL_KERNELS_H
+
+#include "io/base/arena.h"
+#include "io/base/status.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Dimension letters, used everywhere:
+ *   B sequences of a micro-batch   T tokens of a sequence   C width (channels)   H heads   D head size, C = H*D
+ *   V vocabulary   L blocks   R rows = B*T   N, K output and input features of a linear layer */
+
+typedef enum { CPL_F32, CPL_BF16, CPL_F16 } cpl_dtype; /* storage format of weights and activations */
+static inline size_t cpl_dtype_size(cpl_dtype t) {
+    return t == CPL_F32 ? 4 : 2;
+}
+const char *cpl_dtype_name(cpl_dtype t);
+
+typedef enum { CPL_ACT_NONE, CPL_ACT_GELU } cpl_activation; /* GELU: tanh form, Hendrycks & Gimpel 2016, arXiv:1606.08415 */
+
+/* Sums over flat buffers are made of one partial sum per chunk of this many elements, added in order of their global index, so that
+ * no result depends on ranks or threads. Shards of flat buffers start at multiples of it. */
+enum { CPL_SUM_CHUNK = 4096 };
+
+/* The loss scaler and all that decides about a step, in device memory (numerics: scaler state machine; Micikevicius et al. 2017,
+ * arXiv:1710.03740). Written by step_control alone, except lr, which the host feeds. */
+typedef struct {
+    float loss_scale;
+    int32_t good_steps;
+    int32_t hysteresis_left;
+    int32_t stuck_steps; /* overflows in a row with the scale already at min */
+    int64_t adam_step;   /* updates made; not advanced on a skipped step */
+    float lr;            /* of this step, input */
+    float grad_norm;     /* of the unscaled, averaged gradient before clipping; inf or nan on overflow */
+    float grad_factor;   /* what AdamW multiplies the raw gradient sum by: unscale, average and clip in one */
+    uint32_t skip;       /* 1: this step changes no parameter */
+} cpl_step_state;
+
+/* Constants of a run that decide about a step. */
+typedef struct {
+    bool dynamic;               /* false: the scale never changes; overflows skip all the same */
+    float growth, backoff;      /* powers of two */
+    int32_t growth_interval;    /* good steps */
+    int32_t hysteresis;         /* consecutive overflows before a backoff */
+    float min_scale, max_scale; /* powers of two */
+    float clip;                 /* global norm; 0: no clipping */
+    float beta1, beta2, eps;    /* AdamW */
+    float inv_micro_batches;    /* 1 / micro-batches of the global batch */
+} cpl_step_rules;
+
+typedef enum { CPL_KD_FORWARD_KL, CPL_KD_REVERSE_KL, CPL_KD_JSD } cpl_kd_kind;
+
+/* Uniform quantization (numerics: quantization). */
+typedef enum { CPL_QUANT_SYMMETRIC, CPL_QUANT_ASYMMETRIC } cpl_quant_scheme;
+typedef struct {
+    cpl_quant_scheme scheme;
+    int bits;      /* 2 to 8 */
+    int64_t group; /* weights that share a scale: rows*cols (tensor), cols (channel), or g <= cols along the input dimension; */
+                   /* the last group of a row is shorter where g does not divide cols */
+    cpl_dtype scale_dtype; /* CPL_F32 or CPL_F16; the division uses the scale as stored */
+} cpl_quant_spec;
+typedef struct {
+    double sum_sq_error, sum_sq, max_error; /* over the weights given; added to (max: raised) */
+    double sum_noise;                       /* sum over weights of scale^2/12, the uniform-noise model */
+    int64_t code_count[256];                /* how often each code occurs, for the entropy */
+} cpl_quant_error;
+
+typedef struct cpl_device cpl_device;
+typedef struct {
+#define CPL_OP(name, parameters) cpl_status(*name) parameters;
+#include "kernels/ops.def"
+#undef CPL_OP
+} cpl_ops;
+
+struct cpl_device {
+    const cpl_ops *ops; /* borrowed, static */
+    const char *kind;   /* "cpu" or "cuda" */
+    char name[128];     /* what it is, for people */
+    void *impl;         /* owned by the back end */
+};
+/* dev->ops->gelu_fwd(dev, ...) written CPL_OPS(dev, gelu_fwd, ...) */
+#define CPL_OPS(dev, op, ...) ((dev)->ops->op((dev), __VA_ARGS__))
+
+/* backend "auto" takes a GPU where there is one, else the CPU; "cpu"; "cuda" fails where there is none. local_rank picks the GPU.
+ * threads: CPU threads of this process, 0: OMP_NUM_THREADS, else as many as the process may run on.
+ * Errors: CPL_UNSUPPORTED with what is missing. */
+cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads);
+void cpl_device_destroy(cpl_device **dev);
+
+/* Device memory: zeroed, 64-byte aligned. Errors: CPL_NO_MEMORY naming `what` and the bytes wanted. Counted for cpl_device_memory.
+ */
+cpl_status cpl_device_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what);
+void cpl_device_free(cpl_device *dev, void *pointer); /* pointer: a T **, set to NULL */
+/* Bytes of device memory held now and at the most since creation. */
+void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak);
+int cpl_device_threads(const cpl_device *dev);
+
+/* Lines "key: value" of what the back ends found here (instruction sets, matrix library and version, threads), for `cupel info`. */
+void cpl_device_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
+
+#endif

@@ -1,0 +1,61 @@
+# A failure on one rank only ends all ranks in order: one message that names the rank and the cause, the right exit status, no hang.
+# Refuses a time limit as an end: ranks.sh would report 124.
+# ctest: TIMEOUT 900
+. "$CUPEL_SOURCE/tests/jobs/tiny.sh"
+tiny_text text.txt
+tiny_job job.yaml
+mkdir -p elsewhere
+ends_with() { # ends_with STATUS TEXT
+    ((status == $1)) || { cat out.txt >&2; fail "exit status $status, expected $1"; }
+    has out.txt "$2"
+    (($(grep -c '^cupel: ' out.txt) == 1)) || { cat out.txt >&2; fail "not exactly one message"; }
+}
+# The text is not there for rank 1 of 3, which stands in another folder.
+status=0
+cp job.yaml elsewhere/
+timeout 60 mpirun -n 1 "$CUPEL" run job.yaml --quiet --out out : -n 1 sh -c 'cd elsewhere && exec "$0" "$@"' "$CUPEL" run job.yaml --quiet --out out : \
+    -n 1 "$CUPEL" run job.yaml --quiet --out out >out.txt 2>&1 </dev/null || status=$?
+ends_with 1 "rank 1: text.txt"
+
+# The text of rank 1 is another one of the same name.
+cat text.txt text.txt >elsewhere/text.txt
+status=0
+timeout 60 mpirun -n 1 "$CUPEL" run job.yaml --quiet --out out : -n 1 sh -c 'cd elsewhere && exec "$0" "$@"' "$CUPEL" run job.yaml --quiet --out out >out.txt 2>&1 </dev/null || status=$?
+ends_with 1 "rank 1: text.txt: the corpus has"
+[[ ! -e out ]] || fail "a job that could not begin made its folder"
+
+# Rank 2 of 3 may use less memory than its part of a large model takes. (The sanitizers need more address space than that.)
+if [[ -z ${CUPEL_SANITIZE:-} ]]; then
+    status=0
+    big=(--quiet --out big --set teacher.width=768 --set teacher.heads=8 --set teacher.layers=8 --set teacher.precision=fp32)
+    timeout 100 mpirun -n 2 "$CUPEL" run job.yaml "${big[@]}" : -n 1 sh -c 'ulimit -v 700000; exec "$0" "$@"' "$CUPEL" run job.yaml "${big[@]}" >out.txt 2>&1 </dev/null || status=$?
+    ends_with 1 "rank 2: "
+    grep -qE 'memory|bytes' out.txt || { cat out.txt >&2; fail "the message does not speak of memory"; }
+fi
+
+# A folder that cannot be written to: found by rank 0, told once.
+status=0
+touch file
+ranks 3 "$CUPEL" run job.yaml --quiet --out file/sub >out.txt 2>&1 || status=$?
+ends_with 1 "file/sub"
+
+# Two jobs in one folder: the second is refused while the first holds it.
+mkdir -p locked
+(
+    flock -x 9
+    status=0
+    ranks 2 "$CUPEL" run job.yaml --quiet --out locked >out.txt 2>&1 || status=$?
+    ends_with 2 "another cupel job"
+) 9>locked/.lock || exit 1
+ranks 2 "$CUPEL" run job.yaml --quiet --out locked >out.txt 2>&1 || { cat out.txt >&2; fail "the folder is free again"; }
+
+# A rank that is killed takes the others with it, and the folder is free for the next.
+export OMPI_MCA_btl_vader_backing_directory=$PWD
+timeout 60 mpirun -n 3 "$CUPEL" run job.yaml --out killed --set teacher.steps=1000000 --set teacher.eval_every=0 >out.txt 2>&1 </dev/null &
+job=$!
+until ls killed/checkpoints/*/step-*.h5 >/dev/null 2>&1 || ! kill -0 $job 2>/dev/null; do sleep 0.05; done
+kill -KILL "$(pgrep -P "$(pgrep -P $job)" -x cupel | tail -n 1)" || fail "no rank to kill"
+status=0
+wait $job || status=$?
+((status != 0 && status != 124)) || { cat out.txt >&2; fail "a job whose rank was killed ended with status $status"; }
+ranks 1 "$CUPEL" run job.yaml --quiet --out killed >out.txt 2>&1 || { cat out.txt >&2; fail "the folder is not free"; }

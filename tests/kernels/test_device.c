@@ -1,0 +1,108 @@
+/* Devices: which back end opens, what it says when it cannot, how memory is counted.
+ * Refuses to depend on the processor it runs on beyond what every one has. */
+#include "tests/support/support.h"
+#include <stdlib.h>
+#include <string.h>
+
+static void test_unknown_back_end_is_wrong_usage(void **state) {
+    cpl_device *dev = NULL;
+    assert_int_equal(cpl_device_create(&dev, "tpu", 0, 1), CPL_USAGE);
+    assert_null(dev);
+    assert_non_null(strstr(cpl_status_message(), "tpu"));
+    assert_int_equal(cpl_device_create(&dev, "cpu", 0, -1), CPL_USAGE);
+    cpl_device_destroy(&dev);
+    cpl_device_destroy(NULL);
+}
+
+static void test_auto_opens_a_device_with_every_operation(void **state) {
+    cpl_device *dev = NULL;
+    assert_ok(cpl_device_create(&dev, "auto", 0, 0));
+    assert_true(cpl_device_threads(dev) >= 1);
+    assert_true(dev->name[0] != '\0');
+#define CPL_OP(name, parameters) assert_true(dev->ops->name != NULL);
+#include "kernels/ops.def"
+#undef CPL_OP
+    cpl_device_destroy(&dev);
+    assert_null(dev);
+}
+
+static void test_instruction_set_that_is_not_there_is_refused(void **state) {
+    cpl_device *dev = NULL;
+    setenv("CUPEL_CPU", "v9", 1);
+    assert_int_equal(cpl_device_create(&dev, "cpu", 0, 1), CPL_UNSUPPORTED);
+    unsetenv("CUPEL_CPU");
+    assert_null(dev);
+    assert_non_null(strstr(cpl_status_message(), "CUPEL_CPU=v9"));
+    dev = test_device("base", 3);
+    assert_non_null(dev);
+    assert_int_equal(cpl_device_threads(dev), 3);
+    cpl_device_destroy(&dev);
+}
+
+static void test_memory_is_counted_zeroed_and_aligned(void **state) {
+    cpl_device *dev = NULL;
+    size_t held;
+    size_t peak;
+    char *blocks[100];
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 1));
+    for (size_t i = 0; i < 100; i++) {
+        assert_ok(cpl_device_alloc(dev, &blocks[i], i + 1, 8, "block"));
+        assert_int_equal((uintptr_t)blocks[i] % 64, 0);
+        assert_int_equal(blocks[i][8 * i + 7], 0);
+        memset(blocks[i], 1, 8 * (i + 1));
+    }
+    cpl_device_memory(dev, &held, &peak);
+    assert_int_equal(held, 8 * 5050);
+    for (size_t i = 0; i < 100; i += 2) {
+        cpl_device_free(dev, &blocks[i]);
+        assert_null(blocks[i]);
+        cpl_device_free(dev, &blocks[i]);
+    }
+    cpl_device_memory(dev, &held, &peak);
+    assert_int_equal(held, 8 * 2550);
+    assert_int_equal(peak, 8 * 5050);
+    cpl_device_destroy(&dev); /* frees the other half: the leak checker of the sanitized build sees to it */
+}
+
+static void test_impossible_sizes_are_out_of_memory_by_name(void **state) {
+    cpl_device *dev = NULL;
+    float *x = (float *)(uintptr_t)64;
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 1));
+    assert_int_equal(cpl_device_alloc(dev, &x, SIZE_MAX / 2, 4, "moments"), CPL_NO_MEMORY);
+    assert_null(x);
+    assert_non_null(strstr(cpl_status_message(), "moments"));
+    assert_ok(cpl_device_alloc(dev, &x, 0, 4, "nothing"));
+    assert_null(x);
+    cpl_device_destroy(&dev);
+}
+
+static void note_key(const char *key, const char *value, void *to) {
+    char *keys = to;
+    assert_true(value[0] != '\0');
+    strncat(keys, key, 200);
+    strncat(keys, ";", 2);
+}
+
+static void test_description_names_instruction_set_library_and_threads(void **state) {
+    cpl_device *dev = NULL;
+    char keys[1024] = "";
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 2));
+    cpl_device_describe(dev, note_key, keys);
+    assert_non_null(strstr(keys, "instruction set;"));
+    assert_non_null(strstr(keys, "matrix library;"));
+    assert_non_null(strstr(keys, "bf16 products;"));
+    assert_non_null(strstr(keys, "threads;"));
+    cpl_device_destroy(&dev);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_unknown_back_end_is_wrong_usage),
+        cmocka_unit_test(test_auto_opens_a_device_with_every_operation),
+        cmocka_unit_test(test_instruction_set_that_is_not_there_is_refused),
+        cmocka_unit_test(test_memory_is_counted_zeroed_and_aligned),
+        cmocka_unit_test(test_impossible_sizes_are_out_of_memory_by_name),
+        cmocka_unit_test(test_description_names_instruction_set_library_and_threads),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,157 @@
+/* Proves that one bad value anywhere is found and named by its tensor and kind, and that norms and exponent counts are exact.
+ * Refuses to test round sizes only. */
+#include "tests/support/support.h"
+#include <math.h>
+#include <string.h>
+
+enum { N = 70001 };
+static const int64_t begin[] = {0, 1, 1, 100, 40000, N};
+enum { TENSORS = 5 };
+
+static void scan(cpl_device *dev, const float *x, uint32_t kinds[TENSORS], uint32_t *any) {
+    memset(kinds, 0xff, TENSORS * sizeof *kinds);
+    assert_ok(CPL_OPS(dev, grad_scan, kinds, any, x, begin, TENSORS));
+}
+
+static void finds_each(cpl_device *dev) {
+    const int64_t places[] = {0, 1, 99, 100, 16483, 16484, 39999, 40000, 56384, N - 1};
+    const float values[] = {INFINITY, -INFINITY, NAN, -NAN};
+    float *x = test_normals(1, N, 1.0f);
+    x[17] = 3.402823466e38f; /* the largest finite value is finite */
+    x[18] = 1e-45f;
+    uint32_t kinds[TENSORS], any = 0;
+    scan(dev, x, kinds, &any);
+    assert_int_equal(any, 0);
+    for (int t = 0; t < TENSORS; t++) {
+        assert_int_equal(kinds[t], 0);
+    }
+    for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
+        for (int v = 0; v < 4; v++) {
+            float kept = x[places[k]];
+            x[places[k]] = values[v];
+            any = 0;
+            scan(dev, x, kinds, &any);
+            assert_int_equal(any, 1);
+            for (int t = 0; t < TENSORS; t++) {
+                bool here = places[k] >= begin[t] && places[k] < begin[t + 1];
+                assert_int_equal(kinds[t], here ? (v < 2 ? 1 : 2) : 0);
+            }
+            x[places[k]] = kept;
+        }
+    }
+    cpl_free(&x);
+}
+static void test_any_bad_value_is_found_in_its_tensor(void **unused) {
+    (void)unused;
+    test_on_devices(finds_each);
+}
+
+static void both_kinds(cpl_device *dev) {
+    float *x = test_normals(1, N, 1.0f);
+    uint32_t kinds[TENSORS], any = 1;
+    scan(dev, x, kinds, &any);
+    assert_int_equal(any, 1); /* is raised, never lowered */
+    x[50000] = NAN;
+    x[69000] = -INFINITY;
+    x[200] = INFINITY;
+    scan(dev, x, kinds, &any);
+    const uint32_t want[TENSORS] = {0, 0, 0, 1, 3};
+    assert_memory_equal(kinds, want, sizeof want);
+    any = 0;
+    assert_ok(CPL_OPS(dev, grad_scan, kinds, &any, x, begin, 0));
+    assert_int_equal(any, 0);
+    cpl_free(&x);
+}
+static void test_kinds_of_a_tensor_add_up_and_the_flag_stays_raised(void **unused) {
+    (void)unused;
+    test_on_devices(both_kinds);
+}
+
+static void squares(cpl_device *dev) {
+    float *x = test_normals(2, N, 3.0f);
+    enum { CHUNKS = (N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK };
+    double sums[CHUNKS];
+    assert_ok(CPL_OPS(dev, sum_squares, sums, x, N));
+    for (int c = 0; c < CHUNKS; c++) {
+        long double want = 0;
+        for (int64_t i = (int64_t)c * CPL_SUM_CHUNK; i < N && i < (int64_t)(c + 1) * CPL_SUM_CHUNK; i++) {
+            want += (long double)x[i] * x[i];
+        }
+        assert_true(fabsl(sums[c] - want) <= 1e-13L * want);
+    }
+    x[5000] = 3e38f; /* its square is finite in f64 */
+    x[9000] = NAN;
+    assert_ok(CPL_OPS(dev, sum_squares, sums, x, N));
+    assert_true(sums[1] > 8.9e76 && isfinite(sums[1]) && isnan(sums[2]));
+    cpl_free(&x);
+}
+static void test_sums_of_squares_are_per_chunk_in_f64(void **unused) {
+    (void)unused;
+    test_on_devices(squares);
+}
+
+static void counts_exponents(cpl_device *dev) {
+    float *x = test_normals(3, N, 1e-3f);
+    const float special[] = {0, -0.0f, 1e-45f, -1.1e-38f, INFINITY, -INFINITY, NAN, 3.402823466e38f, -65504, 1.17549435e-38f};
+    memcpy(x + 30000, special, sizeof special);
+    int64_t counts[256], want[256] = {0};
+    memset(counts, 0, sizeof counts);
+    counts[7] = 1000;
+    want[7] = 1000;
+    for (int i = 0; i < N; i++) {
+        int e = 0;
+        if (!isfinite(x[i])) {
+            e = 255;
+        } else if (fabsf(x[i]) >= 1.17549435e-38f) {
+            e = ilogbf(x[i]) + 127;
+        }
+        want[e]++;
+    }
+    float most = 1;
+    assert_ok(CPL_OPS(dev, exponents, counts, &most, x, N, 1));
+    assert_memory_equal(counts, want, sizeof want);
+    assert_true(most == 3.402823466e38f);
+    x[30007] = 0;
+    most = 70000;
+    assert_ok(CPL_OPS(dev, exponents, counts, &most, x, N, 1));
+    assert_true(most == 70000);
+    most = 0;
+    assert_ok(CPL_OPS(dev, exponents, counts, &most, x, N, 1));
+    assert_true(most == 65504);
+    most = 0;
+    assert_ok(CPL_OPS(dev, exponents, counts, &most, x, N, 0.25f));
+    assert_true(most == 16376);
+    cpl_free(&x);
+}
+static void test_exponents_are_counted_and_the_largest_finite_value_is_kept(void **unused) {
+    (void)unused;
+    test_on_devices(counts_exponents);
+}
+
+static void test_sums_have_the_same_bits_on_every_instruction_set_and_thread_count(void **unused) {
+    (void)unused;
+    float *x = test_normals(4, N, 1.0f);
+    double first[(N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK], sums[(N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK];
+    for (int k = 0; test_isas[k] != NULL; k++) {
+        for (int threads = 1; threads <= 3; threads++) {
+            cpl_device *dev = test_device(test_isas[k], threads);
+            if (dev != NULL) {
+                assert_ok(CPL_OPS(dev, sum_squares, k == 0 && threads == 1 ? first : sums, x, N));
+                test_same_bits("sum_squares", first, k == 0 && threads == 1 ? first : sums, sizeof first);
+                cpl_device_destroy(&dev);
+            }
+        }
+    }
+    cpl_free(&x);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_any_bad_value_is_found_in_its_tensor),
+        cmocka_unit_test(test_kinds_of_a_tensor_add_up_and_the_flag_stays_raised),
+        cmocka_unit_test(test_sums_of_squares_are_per_chunk_in_f64),
+        cmocka_unit_test(test_exponents_are_counted_and_the_largest_finite_value_is_kept),
+        cmocka_unit_test(test_sums_have_the_same_bits_on_every_instruction_set_and_thread_count),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
