@@ -7,7 +7,8 @@ export PATH=$PATH:/usr/sbin:/sbin
 pc() { pkg-config --exists "$1"; }
 header() { echo "#include <$1>" | cc -E - -o /dev/null; }
 any_hdf5() { pc hdf5-openmpi || pc hdf5-mpich || pc hdf5 || pc hdf5-serial || command -v h5pcc || command -v h5cc; }
-any_matmul() { header dnnl.h || header cblas.h || pc openblas; }
+# Not any cblas.h: the reference BLAS has one too, and is many times slower.
+any_matmul() { header dnnl.h || pc openblas || pc blis || pc mkl-dynamic-lp64-seq; }
 slurm_with_pmix() { command -v slurmctld && command -v slurmd && command -v munged && command -v sbatch && compgen -G '/usr/lib/*/slurm*/mpi_pmix.so'; }
 
 # need GROUP PACKAGES CHECK: the packages of Debian 12 and Ubuntu 24.04 are missing where the group is asked for and the check fails.

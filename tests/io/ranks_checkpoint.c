@@ -91,7 +91,7 @@ static bool right(const cpl_ckpt_array a[ARRAYS]) {
             char want[8];
             value(a[k].type, a[k].begin + i, want);
             if (memcmp(want, (char *)a[k].data + (size_t)i * element, element) != 0) {
-                fprintf(stderr, "rank %d: %s[%lld] is not what was written\n", rank, a[k].name, (long long)(a[k].begin + i));
+                fprintf(stderr, "rank %d: %s[%lld] is not what was written\n", rank, a[k].name, (long long)a[k].begin + i);
                 return false;
             }
         }
