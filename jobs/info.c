@@ -86,7 +86,6 @@ static cpl_status print_info(cpl_comm *world, cpl_arena *arena) {
                  (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / (double)(1 << 30));
         print_line("memory", text, to);
         cpl_device_describe(dev, print_line, to);
-        print_line("CUDA", "not in this build", to);
     }
     CPL_TRY(print_ranks(world, dev, arena, to));
 done:

@@ -14,6 +14,15 @@ typedef struct {
     /* *out = `bytes` > 0 zeroed, 64-byte aligned, at least 64 of them. Errors: CPL_NO_MEMORY naming `what`. */
     cpl_status (*alloc)(cpl_device *dev, void **out, size_t bytes, const char *what);
     void (*free)(cpl_device *dev, void *memory, size_t bytes);
+    /* NULL in all of these: the device is the host, memory is plain and operations are over when they return. */
+    cpl_status (*host_alloc)(cpl_device *dev, void **out, size_t bytes, const char *what); /* page-locked, zeroed */
+    void (*host_free)(cpl_device *dev, void *memory);
+    cpl_status (*mark)(cpl_device *dev, int slot);
+    cpl_status (*wait)(cpl_device *dev, int slot);
+    cpl_status (*mark_ms)(cpl_device *dev, int from, int to, double *ms);
+    cpl_status (*record)(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
+    cpl_status (*replay)(cpl_device *dev, cpl_graph *graph);
+    void (*forget)(cpl_graph *graph);
     int (*threads)(const cpl_device *dev);
     void (*describe)(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
 } cpl_backend;
@@ -31,6 +40,6 @@ typedef struct {
     size_t held, peak; /* bytes */
 } cpl_backend_device;
 
-extern const cpl_backend cpl_cpu_backend;
+extern const cpl_backend cpl_cpu_backend, cpl_cuda_backend;
 
 #endif

@@ -3,7 +3,7 @@
 #include "kernels/backend.h"
 #include <string.h>
 
-static const cpl_backend *const backends[] = {&cpl_cpu_backend}; /* "auto" takes the first that opens */
+static const cpl_backend *const backends[] = {&cpl_cuda_backend, &cpl_cpu_backend}; /* "auto" takes the first that opens */
 enum { BACKENDS = sizeof backends / sizeof backends[0] };
 
 const char *cpl_dtype_name(cpl_dtype t) {
@@ -40,9 +40,6 @@ cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_ra
                 goto done;
             }
         }
-    }
-    if (!automatic) {
-        CPL_FAIL(CPL_UNSUPPORTED, "back end '%s' is not in this build: use cpu or auto", backend);
     }
 done:
     cpl_free(&dev);
@@ -129,6 +126,72 @@ void cpl_device_free(cpl_device *dev, void *pointer) {
 void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak) {
     *held = shared_of(dev)->held;
     *peak = shared_of(dev)->peak;
+}
+
+cpl_status cpl_device_host_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    void *memory = NULL;
+    size_t bytes;
+    memcpy(out, &memory, sizeof memory);
+    if (backend->host_alloc == NULL || count == 0 || size == 0) {
+        return cpl_alloc(out, count, size, what);
+    }
+    if (!cpl_mul_size(count, size, &bytes)) {
+        return cpl_fail(CPL_NO_MEMORY, __FILE__, __LINE__, "%s: %zu elements of %zu bytes do not fit the address space", what,
+                        count, size);
+    }
+    cpl_status st = backend->host_alloc(dev, &memory, bytes, what);
+    memcpy(out, &memory, sizeof memory);
+    return st;
+}
+
+void cpl_device_host_free(cpl_device *dev, void *pointer) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    void *memory = NULL;
+    void *none = NULL;
+    memcpy(&memory, pointer, sizeof memory);
+    if (memory == NULL) {
+        return;
+    }
+    if (backend->host_free == NULL) {
+        cpl_free(pointer);
+    } else {
+        backend->host_free(dev, memory);
+        memcpy(pointer, &none, sizeof none);
+    }
+}
+
+cpl_status cpl_device_mark(cpl_device *dev, int slot) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->mark == NULL ? CPL_OK : backend->mark(dev, slot);
+}
+
+cpl_status cpl_device_wait(cpl_device *dev, int slot) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->wait == NULL ? CPL_OK : backend->wait(dev, slot);
+}
+
+cpl_status cpl_device_mark_ms(cpl_device *dev, int from, int to, double *ms) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    *ms = 0;
+    return backend->mark_ms == NULL ? CPL_OK : backend->mark_ms(dev, from, to, ms);
+}
+
+cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    *out = NULL;
+    return backend->record == NULL ? CPL_OK : backend->record(dev, body, context, out);
+}
+
+cpl_status cpl_device_replay(cpl_device *dev, cpl_graph *graph) {
+    return shared_of(dev)->backend->replay(dev, graph);
+}
+
+void cpl_graph_destroy(cpl_device *dev, cpl_graph **graph) {
+    if (*graph != NULL) {
+        shared_of(dev)->backend->forget(*graph);
+        *graph = NULL;
+    }
 }
 
 int cpl_device_threads(const cpl_device *dev) {

@@ -98,6 +98,24 @@ void cpl_device_free(cpl_device *dev, void *pointer); /* pointer: a T **, set to
 void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak);
 int cpl_device_threads(const cpl_device *dev);
 
+/* Host memory for feed and fetch: page-locked where that lets copies run beside the host. Zeroed. Errors: CPL_NO_MEMORY. */
+cpl_status cpl_device_host_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what);
+void cpl_device_host_free(cpl_device *dev, void *pointer); /* pointer: a T **, set to NULL */
+
+/* Marks: points in the device's order of operations. wait returns when all before the mark of that slot is over (at once where the
+ * slot was never marked); ms is the time between two marks that are over. */
+enum { CPL_MARKS = 64 };
+cpl_status cpl_device_mark(cpl_device *dev, int slot);
+cpl_status cpl_device_wait(cpl_device *dev, int slot);
+cpl_status cpl_device_mark_ms(cpl_device *dev, int from, int to, double *ms);
+
+/* Graphs: what `body` enqueues, to be enqueued again as one. body must have run once before (it takes its memory then) and may
+ * neither wait nor use upload or download. *out NULL: this device records none, and the caller runs body itself. */
+typedef struct cpl_graph cpl_graph;
+cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
+cpl_status cpl_device_replay(cpl_device *dev, cpl_graph *graph);
+void cpl_graph_destroy(cpl_device *dev, cpl_graph **graph);
+
 /* Lines "key: value" of what the back ends found here (instruction sets, matrix library and version, threads), for `cupel info`. */
 void cpl_device_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
 

@@ -33,6 +33,14 @@ cpl_status CPL_CPU(download)(cpl_device *dev, void *host_to, const void *device_
     return CPL_CPU(copy)(dev, host_to, device_from, bytes);
 }
 
+cpl_status CPL_CPU(feed)(cpl_device *dev, void *device_to, const void *host_from, size_t bytes) {
+    return CPL_CPU(copy)(dev, device_to, host_from, bytes);
+}
+
+cpl_status CPL_CPU(fetch)(cpl_device *dev, void *host_to, const void *device_from, size_t bytes) {
+    return CPL_CPU(copy)(dev, host_to, device_from, bytes);
+}
+
 /* Operations of this back end have ended when they return. */
 cpl_status CPL_CPU(synchronize)(cpl_device *dev) {
     return CPL_OK;

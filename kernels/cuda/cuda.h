@@ -1,0 +1,82 @@
+/* What the files of the CUDA back end share: prototypes of all operations, the device, scratch memory, errors.
+ * Refuses to be included from outside kernels/. Device code: kernels/cuda/device.cuh. */
+#ifndef CPL_KERNELS_CUDA_CUDA_H
+#define CPL_KERNELS_CUDA_CUDA_H
+
+#include <cuda_runtime_api.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include "kernels/backend.h"
+
+/* CPL_CUDA(gelu_fwd) is cpl_cuda_gelu_fwd. */
+#define CPL_CUDA(name)           cpl_cuda_##name
+#define CPL_OP(name, parameters) cpl_status CPL_CUDA(name) parameters;
+#include "kernels/ops.def"
+#undef CPL_OP
+
+/* A slot's content lives until the next call for that slot. Memory that a slot has outgrown is kept until the device closes, for
+ * recorded graphs may hold its address. */
+enum {
+    CPL_CUDA_SCRATCH_ROWS, /* partial sums over rows: LayerNorm's gain and bias, bias gradients, position embedding */
+    CPL_CUDA_SCRATCH_ATTENTION,
+    CPL_CUDA_SCRATCH_LINEAR,
+    CPL_CUDA_SCRATCH_FLAT,
+    CPL_CUDA_SCRATCH_COUNT
+};
+
+enum { CPL_CUDA_TABLES = 64 };
+
+typedef struct {
+    void *device, *host; /* owned: the same bytes */
+    size_t bytes;
+} cpl_cuda_table;
+
+typedef struct cpl_cuda_linear cpl_cuda_linear;       /* cuBLASLt and what it has timed: kernels/cuda/linear.c */
+typedef struct cpl_cuda_attention cpl_cuda_attention; /* cuDNN's plans: kernels/cuda/attention_cudnn.c */
+
+typedef struct {
+    cpl_backend_device shared;         /* first: kernels/device.c casts impl to it */
+    int ordinal, sm_count, capability; /* capability: 90 for sm_90 */
+    int threads;                       /* of the host, for the parts that run there */
+    bool blocking;                     /* CUDA_LAUNCH_BLOCKING: every operation is waited for, so that an error names it */
+    bool recording;
+    cudaStream_t stream; /* owned: all operations, in order */
+    void *scratch[CPL_CUDA_SCRATCH_COUNT];
+    size_t scratch_bytes[CPL_CUDA_SCRATCH_COUNT];
+    void **outgrown; /* owned [outgrown_count]: device memory freed at close */
+    size_t outgrown_count;
+    cpl_cuda_table table[CPL_CUDA_TABLES];
+    int tables;
+    cudaEvent_t mark[CPL_MARKS];
+    cpl_cuda_linear *linear;       /* owned */
+    cpl_cuda_attention *attention; /* owned, or NULL: not asked yet, or no cuDNN */
+} cpl_cuda;
+
+static inline cpl_cuda *cpl_cuda_of(const cpl_device *dev) {
+    return (cpl_cuda *)dev->impl;
+}
+static inline cudaStream_t cpl_cuda_stream(const cpl_device *dev) {
+    return cpl_cuda_of(dev)->stream;
+}
+
+/* CPL_DEVICE with "<doing>: <CUDA's text>", CPL_OK for cudaSuccess. */
+cpl_status cpl_cuda_status(cudaError_t error, const char *file, int line, const char *doing);
+#define CPL_CUDA_TRY(doing, call) CPL_TRY(cpl_cuda_status((call), __FILE__, __LINE__, (doing)))
+/* After the launches of operation `op`: the launch error, or with CUDA_LAUNCH_BLOCKING the error of running it. */
+cpl_status cpl_cuda_launched(cpl_device *dev, const char *op);
+
+/* *out (a T **) = at least `bytes` of the slot, 256-byte aligned, content undefined; borrowed. Errors: CPL_NO_MEMORY; CPL_INTERNAL
+ * when it would have to grow while a graph is recorded (run the same operations once before). */
+cpl_status cpl_cuda_scratch(cpl_device *dev, int slot, size_t bytes, void *out);
+/* *out = a device copy of a small host table, made once for the same bytes; borrowed. Errors: as cpl_cuda_scratch. */
+cpl_status cpl_cuda_constant(cpl_device *dev, const void *host, size_t bytes, const void **out);
+
+cpl_status cpl_cuda_linear_open(cpl_device *dev);
+void cpl_cuda_linear_close(cpl_device *dev);
+void cpl_cuda_attention_close(cpl_device *dev);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

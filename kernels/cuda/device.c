@@ -1,0 +1,355 @@
+/* The CUDA back end as a device: choice of the GPU, memory, streams, marks, recorded graphs, description.
+ * Refuses a GPU older than sm_80, and more processes on a GPU than was asked for is the caller's business. */
+#include "kernels/cuda/cuda.h"
+#include <cublasLt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern const cpl_ops cpl_cuda_ops;
+
+struct cpl_graph {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+};
+
+cpl_status cpl_cuda_status(cudaError_t error, const char *file, int line, const char *doing) {
+    if (error == cudaSuccess) {
+        return CPL_OK;
+    }
+    cpl_status code = error == cudaErrorMemoryAllocation ? CPL_NO_MEMORY : CPL_DEVICE;
+    return cpl_fail(code, file, line, "%s: CUDA: %s (%s)", doing, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+cpl_status cpl_cuda_launched(cpl_device *dev, const char *op) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    CPL_CUDA_TRY(op, cudaGetLastError());
+    if (cuda->blocking && !cuda->recording) {
+        CPL_CUDA_TRY(op, cudaStreamSynchronize(cuda->stream));
+    }
+done:
+    return st;
+}
+
+/* --- memory --- */
+
+static cpl_status allocate(cpl_device *dev, void **out, size_t bytes, const char *what) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    void *memory = NULL;
+    if (cuda->recording) {
+        CPL_FAIL(CPL_INTERNAL, "%s: memory cannot be taken while a graph is recorded", what);
+    }
+    cudaError_t error = cudaMalloc(&memory, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+        size_t left = 0, all = 0;
+        (void)cudaGetLastError();
+        (void)cudaMemGetInfo(&left, &all);
+        CPL_FAIL(CPL_NO_MEMORY, "%s: %.2f GiB wanted on %s, %.2f of %.2f GiB are free; this process holds %.2f", what,
+                 (double)bytes / 0x1p30, dev->name, (double)left / 0x1p30, (double)all / 0x1p30,
+                 (double)cuda->shared.held / 0x1p30);
+    }
+    CPL_CUDA_TRY(what, error);
+    CPL_CUDA_TRY(what, cudaMemsetAsync(memory, 0, bytes, cuda->stream));
+    *out = memory;
+    memory = NULL;
+done:
+    if (memory != NULL) {
+        cudaFree(memory);
+    }
+    return st;
+}
+
+static void release(cpl_device *dev, void *memory, size_t bytes) {
+    (void)dev;
+    (void)bytes;
+    cudaFree(memory);
+}
+
+static cpl_status allocate_host(cpl_device *dev, void **out, size_t bytes, const char *what) {
+    cpl_status st = CPL_OK;
+    CPL_CUDA_TRY(what, cudaMallocHost(out, bytes));
+    memset(*out, 0, bytes);
+done:
+    return st;
+}
+
+static void release_host(cpl_device *dev, void *memory) {
+    cudaFreeHost(memory);
+}
+
+static cpl_status outgrow(cpl_cuda *cuda, void *memory) {
+    cpl_status st = CPL_OK;
+    void **grown = NULL;
+    if (memory == NULL) {
+        return CPL_OK;
+    }
+    CPL_TRY(cpl_alloc(&grown, cuda->outgrown_count + 1, sizeof *grown, "list of device memory"));
+    if (cuda->outgrown_count > 0) {
+        memcpy(grown, cuda->outgrown, cuda->outgrown_count * sizeof *grown);
+    }
+    grown[cuda->outgrown_count++] = memory;
+    cpl_free(&cuda->outgrown);
+    cuda->outgrown = grown;
+done:
+    return st;
+}
+
+cpl_status cpl_cuda_scratch(cpl_device *dev, int slot, size_t bytes, void *out) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (bytes > cuda->scratch_bytes[slot]) {
+        void *memory = NULL;
+        if (cuda->recording) {
+            CPL_FAIL(CPL_INTERNAL, "scratch memory of %zu bytes: expected to be taken before a graph is recorded", bytes);
+        }
+        CPL_TRY(allocate(dev, &memory, bytes, "scratch memory"));
+        CPL_TRY(outgrow(cuda, cuda->scratch[slot]));
+        cuda->scratch[slot] = memory;
+        cuda->scratch_bytes[slot] = bytes;
+    }
+    memcpy(out, &cuda->scratch[slot], sizeof(void *));
+done:
+    return st;
+}
+
+cpl_status cpl_cuda_constant(cpl_device *dev, const void *host, size_t bytes, const void **out) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    for (int i = 0; i < cuda->tables; i++) {
+        if (cuda->table[i].bytes == bytes && memcmp(cuda->table[i].host, host, bytes) == 0) {
+            *out = cuda->table[i].device;
+            return CPL_OK;
+        }
+    }
+    if (cuda->tables == CPL_CUDA_TABLES || cuda->recording) {
+        CPL_FAIL(CPL_INTERNAL, "table of %zu bytes: expected at most %d different ones, each used once before a graph is recorded",
+                 bytes, CPL_CUDA_TABLES);
+    }
+    cpl_cuda_table *t = &cuda->table[cuda->tables++];
+    t->bytes = bytes;
+    CPL_TRY(cpl_alloc(&t->host, bytes, 1, "table"));
+    memcpy(t->host, host, bytes);
+    CPL_TRY(allocate(dev, &t->device, bytes, "table"));
+    CPL_CUDA_TRY("table", cudaMemcpyAsync(t->device, host, bytes, cudaMemcpyHostToDevice, cuda->stream));
+    CPL_CUDA_TRY("table", cudaStreamSynchronize(cuda->stream));
+    *out = t->device;
+done:
+    return st;
+}
+
+cpl_status CPL_CUDA(zero)(cpl_device *dev, void *x, size_t bytes) {
+    cpl_status st = CPL_OK;
+    CPL_CUDA_TRY("zero", cudaMemsetAsync(x, 0, bytes, cpl_cuda_stream(dev)));
+    st = cpl_cuda_launched(dev, "zero");
+done:
+    return st;
+}
+
+static cpl_status copied(cpl_device *dev, void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, bool wait,
+                         const char *doing) {
+    cpl_status st = CPL_OK;
+    if (bytes == 0) {
+        return CPL_OK;
+    }
+    CPL_CUDA_TRY(doing, cudaMemcpyAsync(to, from, bytes, kind, cpl_cuda_stream(dev)));
+    if (wait || cpl_cuda_of(dev)->blocking) {
+        CPL_CUDA_TRY(doing, cudaStreamSynchronize(cpl_cuda_stream(dev)));
+    }
+done:
+    return st;
+}
+
+cpl_status CPL_CUDA(upload)(cpl_device *dev, void *device_to, const void *host_from, size_t bytes) {
+    return copied(dev, device_to, host_from, bytes, cudaMemcpyHostToDevice, true, "upload");
+}
+cpl_status CPL_CUDA(download)(cpl_device *dev, void *host_to, const void *device_from, size_t bytes) {
+    return copied(dev, host_to, device_from, bytes, cudaMemcpyDeviceToHost, true, "download");
+}
+cpl_status CPL_CUDA(feed)(cpl_device *dev, void *device_to, const void *host_from, size_t bytes) {
+    return copied(dev, device_to, host_from, bytes, cudaMemcpyHostToDevice, false, "feed");
+}
+cpl_status CPL_CUDA(fetch)(cpl_device *dev, void *host_to, const void *device_from, size_t bytes) {
+    return copied(dev, host_to, device_from, bytes, cudaMemcpyDeviceToHost, false, "fetch");
+}
+cpl_status CPL_CUDA(copy)(cpl_device *dev, void *to, const void *from, size_t bytes) {
+    return copied(dev, to, from, bytes, cudaMemcpyDeviceToDevice, false, "copy");
+}
+cpl_status CPL_CUDA(synchronize)(cpl_device *dev) {
+    return cpl_cuda_status(cudaStreamSynchronize(cpl_cuda_stream(dev)), __FILE__, __LINE__, "wait for the GPU");
+}
+
+/* --- marks and graphs --- */
+
+static cpl_status mark(cpl_device *dev, int slot) {
+    return cpl_cuda_status(cudaEventRecord(cpl_cuda_of(dev)->mark[slot], cpl_cuda_stream(dev)), __FILE__, __LINE__, "mark");
+}
+
+static cpl_status wait_mark(cpl_device *dev, int slot) {
+    return cpl_cuda_status(cudaEventSynchronize(cpl_cuda_of(dev)->mark[slot]), __FILE__, __LINE__, "wait for the GPU");
+}
+
+static cpl_status mark_ms(cpl_device *dev, int from, int to, double *ms) {
+    float elapsed = 0;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    cpl_status st = cpl_cuda_status(cudaEventElapsedTime(&elapsed, cuda->mark[from], cuda->mark[to]), __FILE__, __LINE__,
+                                    "read the GPU's clock");
+    *ms = (double)elapsed;
+    return st;
+}
+
+static void forget(cpl_graph *graph) {
+    if (graph->exec != NULL) {
+        cudaGraphExecDestroy(graph->exec);
+    }
+    if (graph->graph != NULL) {
+        cudaGraphDestroy(graph->graph);
+    }
+    cpl_free(&graph);
+}
+
+static cpl_status record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    cpl_graph *g = NULL;
+    CPL_TRY(cpl_alloc(&g, 1, sizeof *g, "graph"));
+    CPL_CUDA_TRY("record a graph", cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
+    cuda->recording = true;
+    st = body(context);
+    cuda->recording = false;
+    cudaError_t ended = cudaStreamEndCapture(cuda->stream, &g->graph);
+    CPL_TRY(st);
+    CPL_CUDA_TRY("record a graph", ended);
+    CPL_CUDA_TRY("prepare a recorded graph", cudaGraphInstantiate(&g->exec, g->graph, 0));
+    CPL_CUDA_TRY("prepare a recorded graph", cudaGraphUpload(g->exec, cuda->stream));
+    *out = g;
+    g = NULL;
+done:
+    if (g != NULL) {
+        (void)cudaGetLastError();
+        forget(g);
+    }
+    return st;
+}
+
+static cpl_status replay(cpl_device *dev, cpl_graph *graph) {
+    return cpl_cuda_status(cudaGraphLaunch(graph->exec, cpl_cuda_stream(dev)), __FILE__, __LINE__, "replay a graph");
+}
+
+/* --- the device --- */
+
+static void close_device(cpl_device *dev) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (cuda->stream != NULL) {
+        cudaStreamSynchronize(cuda->stream);
+    }
+    cpl_cuda_attention_close(dev);
+    cpl_cuda_linear_close(dev);
+    for (int i = 0; i < cuda->tables; i++) {
+        cudaFree(cuda->table[i].device);
+        cpl_free(&cuda->table[i].host);
+    }
+    for (int i = 0; i < CPL_CUDA_SCRATCH_COUNT; i++) {
+        cudaFree(cuda->scratch[i]);
+    }
+    for (size_t i = 0; i < cuda->outgrown_count; i++) {
+        cudaFree(cuda->outgrown[i]);
+    }
+    for (int i = 0; i < CPL_MARKS; i++) {
+        if (cuda->mark[i] != NULL) {
+            cudaEventDestroy(cuda->mark[i]);
+        }
+    }
+    if (cuda->stream != NULL) {
+        cudaStreamDestroy(cuda->stream);
+    }
+    cpl_free(&cuda->outgrown);
+    cpl_free(&cuda);
+    dev->impl = NULL;
+}
+
+static cpl_status choose(cpl_cuda *cuda, int local_rank, struct cudaDeviceProp *properties) {
+    cpl_status st = CPL_OK;
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0) {
+        (void)cudaGetLastError();
+        CPL_FAIL(CPL_UNSUPPORTED, "device cuda: no GPU can be used here (%s)",
+                 error == cudaSuccess ? "none is visible" : cudaGetErrorString(error));
+    }
+    cuda->ordinal = local_rank % count;
+    CPL_CUDA_TRY("choose a GPU", cudaSetDevice(cuda->ordinal));
+    CPL_CUDA_TRY("describe the GPU", cudaGetDeviceProperties(properties, cuda->ordinal));
+    cuda->capability = 10 * properties->major + properties->minor;
+    cuda->sm_count = properties->multiProcessorCount;
+    if (cuda->capability < 80) {
+        CPL_FAIL(CPL_UNSUPPORTED, "device cuda: %s is sm_%d; expected sm_80 or newer", properties->name, cuda->capability);
+    }
+done:
+    return st;
+}
+
+static cpl_status open_device(cpl_device *dev, int local_rank, int threads) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = NULL;
+    struct cudaDeviceProp properties;
+    const char *blocking = getenv("CUDA_LAUNCH_BLOCKING");
+    CPL_TRY(cpl_alloc(&cuda, 1, sizeof *cuda, "device"));
+    dev->impl = cuda;
+    dev->ops = &cpl_cuda_ops;
+    CPL_TRY(choose(cuda, local_rank, &properties));
+    snprintf(dev->name, sizeof dev->name, "%.100s", properties.name);
+    cuda->threads = threads > 0 ? threads : 1;
+    cuda->blocking = blocking != NULL && strcmp(blocking, "1") == 0;
+    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+    for (int i = 0; i < CPL_MARKS; i++) {
+        CPL_CUDA_TRY("make an event", cudaEventCreate(&cuda->mark[i]));
+    }
+    CPL_TRY(cpl_cuda_linear_open(dev));
+done:
+    if (st != CPL_OK && cuda != NULL) {
+        close_device(dev);
+    }
+    return st;
+}
+
+static int host_threads(const cpl_device *dev) {
+    return cpl_cuda_of(dev)->threads;
+}
+
+static void describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    char text[160];
+    int runtime = 0, driver = 0;
+    size_t left = 0, all = 0;
+    (void)cudaRuntimeGetVersion(&runtime);
+    (void)cudaDriverGetVersion(&driver);
+    snprintf(text, sizeof text, "%d.%d, driver for up to %d.%d", runtime / 1000, runtime % 1000 / 10, driver / 1000,
+             driver % 1000 / 10);
+    line("CUDA", text, to);
+    size_t lt = cublasLtGetVersion();
+    snprintf(text, sizeof text, "cuBLASLt %zu.%zu.%zu", lt / 10000, lt / 100 % 100, lt % 100);
+    line("matrix library", text, to);
+    if (cudaMemGetInfo(&left, &all) == cudaSuccess) {
+        snprintf(text, sizeof text, "sm_%d, %d multiprocessors, %.1f of %.1f GiB free", cuda->capability, cuda->sm_count,
+                 (double)left / 0x1p30, (double)all / 0x1p30);
+        line("GPU", text, to);
+    }
+}
+
+const cpl_backend cpl_cuda_backend = {.kind = "cuda",
+                                      .open = open_device,
+                                      .close = close_device,
+                                      .alloc = allocate,
+                                      .free = release,
+                                      .host_alloc = allocate_host,
+                                      .host_free = release_host,
+                                      .mark = mark,
+                                      .wait = wait_mark,
+                                      .mark_ms = mark_ms,
+                                      .record = record,
+                                      .replay = replay,
+                                      .forget = forget,
+                                      .threads = host_threads,
+                                      .describe = describe};

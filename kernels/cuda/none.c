@@ -1,0 +1,9 @@
+/* The CUDA back end of a build without CUDA.
+ * Refuses to open. */
+#include "kernels/backend.h"
+
+static cpl_status open_nothing(cpl_device *dev, int local_rank, int threads) {
+    return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__, "back end 'cuda' is not in this build: use cpu or auto");
+}
+
+const cpl_backend cpl_cuda_backend = {.kind = "cuda", .open = open_nothing};
