@@ -54,6 +54,8 @@ enum { CPL_WORD_OVERFLOW = 1, CPL_WORD_ERROR = 2, CPL_WORD_STOP = 4 };
 cpl_status cpl_comm_agree_word(cpl_comm *c, uint32_t *word);
 
 /* --- data plane: device buffers over the flat layout --- */
+/* Whether these calls only enqueue on the device's stream, so that they can be part of a recorded graph: a group of one rank. */
+bool cpl_comm_enqueues(const cpl_comm *c);
 /* Bitwise or over the ranks of one word in device memory: the overflow consensus. */
 cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag);
 /* Rank r owns elements [begin[r], begin[r+1]) of a flat buffer (begin: host, size+1 values; a part may be empty).

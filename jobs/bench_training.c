@@ -10,13 +10,14 @@
 enum { STEPS_LEAST = 5, STEPS_MOST = 10000 };
 
 typedef struct {
-    const cpl_bench *b; /* borrowed */
-    cpl_workspace *ws;  /* owned */
-    cpl_optimizer *opt; /* owned */
-    float *initial;     /* owned, host */
-    int32_t *tokens;    /* owned, device [R]; targets as well */
-    float *losses;      /* owned, device [R] */
-    double *seconds[2]; /* owned [steps]: forward and backward; the whole step */
+    const cpl_bench *b;  /* borrowed */
+    cpl_workspace *ws;   /* owned */
+    cpl_optimizer *opt;  /* owned */
+    float *initial;      /* owned, host */
+    int32_t *tokens;     /* owned, device [R]; targets as well */
+    float *losses;       /* owned, device [R] */
+    cpl_graph *graph[2]; /* owned, of both parts of a step where the device records them */
+    double *seconds[2];  /* owned [steps]: forward and backward; the whole step */
 } training;
 
 static cpl_status prepare(training *t, cpl_training *options, cpl_arena *arena) {
@@ -45,12 +46,39 @@ done:
     return st;
 }
 
-static cpl_status micro_batch(training *t) {
+static cpl_status micro_batch(void *context) {
     cpl_status st = CPL_OK;
+    training *t = context;
     cpl_device *dev = t->b->dev;
     CPL_TRY(CPL_OPS(dev, zero, t->opt->grad, (size_t)t->b->layout->total * sizeof(float)));
     CPL_TRY(cpl_model_step(t->ws, t->opt->work, t->tokens, t->tokens, NULL, t->opt->state, t->opt->grad, NULL, t->losses));
+done:
+    return st;
+}
+
+static cpl_status rest_of_step(void *context) {
+    cpl_status st = CPL_OK;
+    training *t = context;
+    CPL_TRY(cpl_agree(t->b->world, cpl_optimizer_scan(t->opt)));
+    CPL_TRY(cpl_optimizer_step(t->opt));
+done:
+    return st;
+}
+
+/* Runs it, or replays its graph, and waits; by the device's clock where it has one. */
+static cpl_status timed(training *t, cpl_status (*body)(void *context), int part, double *seconds) {
+    cpl_status st = CPL_OK;
+    cpl_device *dev = t->b->dev;
+    double start = cpl_now(), ms = 0;
+    CPL_TRY(cpl_device_mark(dev, 0));
+    CPL_TRY(t->graph[part] != NULL ? cpl_device_replay(dev, t->graph[part]) : body(t));
+    CPL_TRY(cpl_device_mark(dev, 1));
     CPL_TRY(dev->ops->synchronize(dev));
+    CPL_TRY(cpl_device_mark_ms(dev, 0, 1, &ms));
+    *seconds = ms > 0 ? ms * 1e-3 : cpl_now() - start;
+    if (t->graph[part] == NULL && cpl_comm_enqueues(t->b->world)) {
+        CPL_TRY(cpl_device_record(dev, body, t, &t->graph[part]));
+    }
 done:
     return st;
 }
@@ -58,14 +86,10 @@ done:
 /* Collective; seconds[2]: of forward and backward, and of everything. */
 static cpl_status step(training *t, double seconds[2]) {
     cpl_status st = CPL_OK;
-    double start = cpl_now();
-    cpl_status local = micro_batch(t);
-    seconds[0] = cpl_now() - start;
-    local = local == CPL_OK ? cpl_optimizer_scan(t->opt) : local;
-    CPL_TRY(cpl_agree(t->b->world, local));
-    CPL_TRY(cpl_optimizer_step(t->opt, 1e-5f));
-    CPL_TRY(cpl_agree(t->b->world, t->b->dev->ops->synchronize(t->b->dev)));
-    seconds[1] = cpl_now() - start;
+    double rest = 0;
+    CPL_TRY(cpl_agree(t->b->world, timed(t, micro_batch, 0, &seconds[0])));
+    CPL_TRY(cpl_agree(t->b->world, timed(t, rest_of_step, 1, &rest)));
+    seconds[1] = seconds[0] + rest;
 done:
     return st;
 }
@@ -126,6 +150,8 @@ cpl_status cpl_bench_training(cpl_bench *b) {
     CPL_TRY(cpl_agree(b->world, local));
     cpl_layout_shards(b->layout, cpl_comm_size(b->world), shard);
     CPL_TRY(cpl_optimizer_create(&t.opt, b->world, b->dev, b->layout, &options, t.initial + shard[cpl_comm_rank(b->world)], NULL));
+    static const float lr = 1e-5f;
+    CPL_TRY(cpl_optimizer_feed_lr(t.opt, &lr));
     snprintf(row.shape, sizeof row.shape, "%lld/%lld/%lld, %lldx%lld tokens", (long long)s->layers, (long long)s->heads,
              (long long)s->width, (long long)b->o->micro_batch, (long long)s->context);
     CPL_TRY(cpl_bench_add(b, forward, &t, row));
@@ -139,6 +165,9 @@ cpl_status cpl_bench_training(cpl_bench *b) {
         CPL_TRY(cpl_bench_keep(b, row));
     }
 done:
+    for (int part = 0; part < 2; part++) {
+        cpl_graph_destroy(b->dev, &t.graph[part]);
+    }
     cpl_optimizer_destroy(&t.opt);
     cpl_workspace_destroy(&t.ws);
     cpl_device_free(b->dev, &t.tokens);

@@ -7,7 +7,7 @@
 #include "jobs/optim/optimizer.h"
 #include "jobs/quantize_model.h"
 #include "jobs/study/grid.h"
-#include "jobs/trainer.h"
+#include "jobs/trainer_step.h"
 #include "jobs/training_stage.h"
 #include <string.h>
 
@@ -44,11 +44,11 @@ static double evaluation_flops(const cpl_context *ctx, const cpl_model_shape *s)
     return (double)val.windows * (double)s->context * cpl_flops_forward(s);
 }
 
-/* The trainer's memory: cpl_optimizer_create, and what trainer.c allocates. */
+/* The trainer's memory: cpl_optimizer_create, cpl_steps_create, and what trainer.c allocates. */
 static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked, cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
     cpl_dtype dt = cpl_precision_dtype(t->precision);
-    int64_t rows = t->micro_batch * l->shape.context, G = t->global_batch / t->micro_batch, mine = (G + ranks - 1) / ranks;
+    int64_t G = t->global_batch / t->micro_batch, mine = (G + ranks - 1) / ranks;
     int64_t begin[2] = {0, l->total};
     if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
         int64_t chunks = (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
@@ -60,7 +60,7 @@ static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, in
     m->moments = begin[1] * (8 + masked);
     m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked) - m->weights - m->gradients - m->moments;
     int64_t evaluation = evaluation_buffers(l, t->micro_batch), histogram = 8 * CPL_M_GROUPS * CPL_M_EXPONENTS + 4;
-    m->other += 16 * rows + 16 * G + (evaluation > histogram ? evaluation : histogram); /* one after the other */
+    m->other += cpl_steps_bytes(l, t, (int)ranks) + (evaluation > histogram ? evaluation : histogram); /* one after the other */
     for (int64_t n = mine; t->reduction == CPL_REDUCTION_TREE && n > 1; n = (n + 1) / 2) {
         m->gradients += 4 * l->total;
     }

@@ -29,23 +29,15 @@ static int64_t first_bad(const cpl_layout *l, const uint32_t *kinds) {
     return best;
 }
 
-cpl_status cpl_trainer_overflow(cpl_comm *comm, const cpl_optimizer *opt, cpl_metrics *metrics, int64_t step, const char *label,
-                                const cpl_step_state *state, float scale, int64_t limit) {
+cpl_status cpl_trainer_overflow(cpl_comm *comm, const cpl_layout *layout, const uint32_t *kinds, cpl_metrics *metrics, int64_t step,
+                                const char *label, const cpl_step_state *state, float scale, int64_t limit) {
     cpl_status st = CPL_OK;
     int ranks = cpl_comm_size(comm), rank = cpl_comm_rank(comm);
-    size_t tensors = (size_t)opt->layout->count;
-    uint32_t *kinds = NULL;
     int64_t *seen = NULL; /* [ranks][2]: tensor + 1, kind */
     static const char *const names[] = {"", "inf", "nan", "inf and nan"};
-    cpl_status local = cpl_alloc(&kinds, tensors, sizeof *kinds, "overflow kinds");
-    if (local == CPL_OK) {
-        local = cpl_alloc(&seen, 2 * (size_t)ranks, sizeof *seen, "overflow events");
-    }
-    if (local == CPL_OK) {
-        local = CPL_OPS(opt->dev, download, kinds, opt->kinds, tensors * sizeof *kinds);
-    }
+    cpl_status local = cpl_alloc(&seen, 2 * (size_t)ranks, sizeof *seen, "overflow events");
     CPL_TRY(cpl_agree(comm, local));
-    int64_t bad = first_bad(opt->layout, kinds);
+    int64_t bad = first_bad(layout, kinds);
     if (bad >= 0) {
         seen[2 * rank] = bad + 1;
         seen[2 * rank + 1] = kinds[bad];
@@ -60,7 +52,7 @@ cpl_status cpl_trainer_overflow(cpl_comm *comm, const cpl_optimizer *opt, cpl_me
         const double row[CPL_M_EVENT_COLUMNS] = {(double)step, (double)r, (double)(seen[2 * r] - 1), (double)seen[2 * r + 1]};
         local = local == CPL_OK ? cpl_series_add(&metrics->event, row) : local;
         cpl_log_event("overflow", "\"step\":%lld,\"rank\":%d,\"tensor\":\"%s\",\"kind\":\"%s\",\"loss_scale\":%.9g",
-                      (long long)step, r, opt->layout->param[seen[2 * r] - 1].name, names[seen[2 * r + 1] & 3], (double)scale);
+                      (long long)step, r, layout->param[seen[2 * r] - 1].name, names[seen[2 * r + 1] & 3], (double)scale);
     }
     CPL_TRY(cpl_agree(comm, local));
     if (state->stuck_steps >= limit) {
@@ -68,11 +60,10 @@ cpl_status cpl_trainer_overflow(cpl_comm *comm, const cpl_optimizer *opt, cpl_me
         CPL_FAIL(CPL_NUMERIC,
                  "%s: step %lld: overflow on %d steps in a row at loss scale %g, the smallest allowed: rank %d, gradient of %s, %s",
                  label, (long long)step, state->stuck_steps, (double)scale, first,
-                 tensor < 0 ? "the sum over ranks" : opt->layout->param[tensor].name,
+                 tensor < 0 ? "the sum over ranks" : layout->param[tensor].name,
                  first < 0 ? "not finite" : names[seen[2 * first + 1] & 3]);
     }
 done:
-    cpl_free(&kinds);
     cpl_free(&seen);
     return st;
 }

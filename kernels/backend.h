@@ -24,6 +24,7 @@ typedef struct {
     cpl_status (*replay)(cpl_device *dev, cpl_graph *graph);
     void (*forget)(cpl_graph *graph);
     int (*threads)(const cpl_device *dev);
+    void (*about)(void (*line)(const char *key, const char *value, void *to), void *to); /* without a device; may be NULL */
     void (*describe)(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
 } cpl_backend;
 

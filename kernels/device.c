@@ -201,4 +201,9 @@ int cpl_device_threads(const cpl_device *dev) {
 void cpl_device_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to) {
     line("device", dev->name, to);
     shared_of(dev)->backend->describe(dev, line, to);
+    for (int i = 0; i < BACKENDS; i++) {
+        if (backends[i]->about != NULL) {
+            backends[i]->about(line, to);
+        }
+    }
 }

@@ -195,29 +195,28 @@ done:
 
 /* Norm and decision from the summed gradient; every rank gets the same bits, for one partial sum per chunk is gathered, not added
  * up on the way. */
-static cpl_status decide(cpl_optimizer *o, float lr) {
+static cpl_status decide(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int rank = cpl_comm_rank(o->comm);
-    cpl_status local = CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n);
-    if (local == CPL_OK) {
-        size_t at = offsetof(cpl_step_state, lr);
-        local = CPL_OPS(o->dev, upload, (char *)o->state + at, &lr, sizeof lr);
-    }
-    CPL_TRY(cpl_agree(o->comm, local));
+    CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
     CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
     CPL_TRY(CPL_OPS(o->dev, step_control, o->state, &o->rules, o->overflow, o->chunk_sums, chunks_of(o->layout)));
 done:
     return st;
 }
 
-cpl_status cpl_optimizer_step(cpl_optimizer *o, float lr) {
+cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
+    return CPL_OPS(o->dev, feed, (char *)o->state + offsetof(cpl_step_state, lr), lr, sizeof *lr);
+}
+
+cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow));
     CPL_TRY(cpl_comm_reduce_scatter(o->comm, o->dev, o->grad, o->shard));
     if (!o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
     }
-    CPL_TRY(decide(o, lr));
+    CPL_TRY(decide(o));
     CPL_TRY(cpl_agree(o->comm, update(o)));
     if (o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard));

@@ -47,9 +47,11 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
 
 /* Which tensors of this rank's gradient are not finite (into kinds, overflow). */
 cpl_status cpl_optimizer_scan(cpl_optimizer *opt);
+/* The learning rate of the steps that follow; lr: of cpl_device_host_alloc, as for feed. */
+cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);
 /* Collective, after cpl_optimizer_scan: combines the overflow, sums the gradient over ranks, decides, updates, gathers the working
- * copy. lr: of this step. */
-cpl_status cpl_optimizer_step(cpl_optimizer *opt, float lr);
+ * copy. */
+cpl_status cpl_optimizer_step(cpl_optimizer *opt);
 
 /* This rank's shard of param, m, v to (download) or from (restore) host buffers [n] each. restore is collective: the working copy
  * is gathered. */

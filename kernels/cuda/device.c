@@ -318,17 +318,27 @@ static int host_threads(const cpl_device *dev) {
     return cpl_cuda_of(dev)->threads;
 }
 
+static void about(void (*line)(const char *key, const char *value, void *to), void *to) {
+    char text[160];
+    int runtime = 0, driver = 0, count = 0;
+    (void)cudaRuntimeGetVersion(&runtime);
+    (void)cudaDriverGetVersion(&driver);
+    cudaError_t error = cudaGetDeviceCount(&count);
+    (void)cudaGetLastError();
+    if (error != cudaSuccess || count == 0) {
+        snprintf(text, sizeof text, "%d.%d, no GPU can be used here (%s)", runtime / 1000, runtime % 1000 / 10,
+                 error == cudaSuccess ? "none is visible" : cudaGetErrorString(error));
+    } else {
+        snprintf(text, sizeof text, "%d.%d, driver for up to %d.%d, %d GPU%s", runtime / 1000, runtime % 1000 / 10, driver / 1000,
+                 driver % 1000 / 10, count, count == 1 ? "" : "s");
+    }
+    line("CUDA", text, to);
+}
+
 static void describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
     char text[160];
-    int runtime = 0, driver = 0;
-    size_t left = 0, all = 0;
-    (void)cudaRuntimeGetVersion(&runtime);
-    (void)cudaDriverGetVersion(&driver);
-    snprintf(text, sizeof text, "%d.%d, driver for up to %d.%d", runtime / 1000, runtime % 1000 / 10, driver / 1000,
-             driver % 1000 / 10);
-    line("CUDA", text, to);
-    size_t lt = cublasLtGetVersion();
+    size_t left = 0, all = 0, lt = cublasLtGetVersion();
     snprintf(text, sizeof text, "cuBLASLt %zu.%zu.%zu", lt / 10000, lt / 100 % 100, lt % 100);
     line("matrix library", text, to);
     if (cudaMemGetInfo(&left, &all) == cudaSuccess) {
@@ -352,4 +362,5 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .replay = replay,
                                       .forget = forget,
                                       .threads = host_threads,
+                                      .about = about,
                                       .describe = describe};

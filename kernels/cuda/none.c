@@ -6,4 +6,8 @@ static cpl_status open_nothing(cpl_device *dev, int local_rank, int threads) {
     return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__, "back end 'cuda' is not in this build: use cpu or auto");
 }
 
-const cpl_backend cpl_cuda_backend = {.kind = "cuda", .open = open_nothing};
+static void about(void (*line)(const char *key, const char *value, void *to), void *to) {
+    line("CUDA", "not in this build", to);
+}
+
+const cpl_backend cpl_cuda_backend = {.kind = "cuda", .open = open_nothing, .about = about};

@@ -1,0 +1,124 @@
+/* What follows a matrix product where it is not done in the same pass: bias, GELU's derivative, column sums.
+ * Refuses float atomics: column sums are partial sums of fixed pieces of rows, added in order. */
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/product.h"
+
+enum { THREADS = 256, SUM_COLUMNS = 64, SUM_LANES = 8, SUM_PIECES_MAX = 64 };
+
+template <typename T, int N> __global__ void gelu_grad_kernel(T *dx, const T *pre, int64_t packs) {
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < packs; i += (int64_t)gridDim.x * blockDim.x) {
+        packed<T, N> p = load<T, N>(pre + i * N), d = load<T, N>(dx + i * N);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            d.set(j, d.f32(j) * cpl_gelu_grad(p.f32(j)));
+        }
+        store(dx + i * N, d);
+    }
+}
+
+extern "C" cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx, const void *pre, int64_t n) {
+    if (n == 0) {
+        return CPL_OK;
+    }
+    cpl_dispatch(dt, [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int N = pack_of<T>;
+        if (aligned16(dx, pre) && n % N == 0) {
+            gelu_grad_kernel<T, N>
+                <<<grid_for(dev, n / N, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)dx, (const T *)pre, n / N);
+        } else {
+            gelu_grad_kernel<T, 1><<<grid_for(dev, n, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)dx, (const T *)pre, n);
+        }
+    });
+    return cpl_cuda_launched(dev, "gelu_grad");
+}
+
+template <typename T> __global__ void add_bias_kernel(T *y, const T *bias, int64_t n, int64_t N) {
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
+        y[i] = from_f32<T>(to_f32(y[i]) + to_f32(bias[i % N]));
+    }
+}
+
+extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const void *bias, int64_t R, int64_t N) {
+    cpl_dispatch(dt, [&](auto zero) {
+        using T = decltype(zero);
+        add_bias_kernel<T>
+            <<<grid_for(dev, R * N, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)y, (const T *)bias, R * N, N);
+    });
+    return cpl_cuda_launched(dev, "add_bias");
+}
+
+/* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. */
+template <typename T, int V>
+__global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, int64_t N, int64_t rows_each) {
+    __shared__ float sums[SUM_LANES][SUM_COLUMNS + 1];
+    constexpr int ACROSS = SUM_COLUMNS / V;
+    int lane = threadIdx.x / ACROSS, part = threadIdx.x % ACROSS;
+    int64_t column = blockIdx.x * (int64_t)SUM_COLUMNS + part * V;
+    int64_t first = blockIdx.y * rows_each, last = first + rows_each < R ? first + rows_each : R;
+    float sum[V] = {};
+    if (column < N) {
+#pragma unroll 4
+        for (int64_t r = first + lane; r < last; r += SUM_LANES) {
+            packed<T, V> x = load<T, V>(dy + r * N + column);
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                sum[j] += x.f32(j);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        sums[lane][part * V + j] = sum[j];
+    }
+    __syncthreads();
+    int64_t own = blockIdx.x * (int64_t)SUM_COLUMNS + threadIdx.x;
+    if (threadIdx.x < SUM_COLUMNS && own < N) {
+        float total = 0;
+#pragma unroll
+        for (int l = 0; l < SUM_LANES; l++) {
+            total += sums[l][threadIdx.x];
+        }
+        partial[blockIdx.y * N + own] = total;
+    }
+}
+
+__global__ void column_totals_kernel(float *db, const float *partial, int64_t N, int pieces) {
+    int64_t column = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    if (column < N) {
+        float total = 0;
+        for (int p = 0; p < pieces; p++) {
+            total += partial[p * N + column];
+        }
+        db[column] += total;
+    }
+}
+
+template <typename T, int V>
+static void column_partials(cpl_device *dev, float *partial, const void *dy, int64_t R, int64_t N, int pieces, int64_t rows_each) {
+    dim3 grid((unsigned)cpl_ceil_div(N, SUM_COLUMNS), (unsigned)pieces);
+    column_partials_kernel<T, V>
+        <<<grid, SUM_COLUMNS / V * SUM_LANES, 0, cpl_cuda_stream(dev)>>>(partial, (const T *)dy, R, N, rows_each);
+}
+
+extern "C" cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N) {
+    float *partial = NULL;
+    int64_t rows_each = cpl_ceil_div(R, SUM_PIECES_MAX) < 64 ? 64 : cpl_ceil_div(R, SUM_PIECES_MAX);
+    int pieces = (int)cpl_ceil_div(R, rows_each);
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, (size_t)pieces * (size_t)N * sizeof *partial, &partial);
+    if (st != CPL_OK) {
+        return st;
+    }
+    cpl_dispatch(dt, [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int V = pack_of<T>;
+        if (aligned16(dy) && N % V == 0) {
+            column_partials<T, V>(dev, partial, dy, R, N, pieces, rows_each);
+        } else {
+            column_partials<T, 1>(dev, partial, dy, R, N, pieces, rows_each);
+        }
+    });
+    column_totals_kernel<<<(unsigned)cpl_ceil_div(N, THREADS), THREADS, 0, cpl_cuda_stream(dev)>>>(db, partial, N, pieces);
+    return cpl_cuda_launched(dev, "column_sums");
+}

@@ -1,0 +1,335 @@
+/* Matrix products through cuBLASLt: every algorithm that it offers for a shape is timed once, and the choice kept on disk.
+ * Refuses algorithms that add up in place, for the order of their sums may change from run to run. */
+#include "kernels/cuda/product.h"
+#include "kernels/cuda/tuning.h"
+#include <cublasLt.h>
+#include <math.h>
+#include <string.h>
+
+enum { OFFERED_MAX = 64, FINALISTS = 6, ROUNDS = 7, WORKSPACE_BYTES = 64 << 20, ALIGNMENT_MAX = 256 };
+
+struct cpl_product_plan {
+    cpl_product product;
+    cublasLtMatmulDesc_t desc;      /* owned */
+    cublasLtMatrixLayout_t a, b, d; /* owned */
+    cublasLtMatmulAlgo_t algo;
+    double ms;
+    cpl_product_plan *next; /* owned */
+};
+
+struct cpl_cuda_linear {
+    cublasLtHandle_t handle;
+    void *workspace;         /* owned, device */
+    cpl_product_plan *plans; /* owned */
+    cpl_tuning *tuning;      /* owned: what was timed before, and the file of it */
+};
+
+static cpl_status lt_status(cublasStatus_t status, int line, const char *doing) {
+    return status == CUBLAS_STATUS_SUCCESS
+               ? CPL_OK
+               : cpl_fail(CPL_DEVICE, __FILE__, line, "%s: cuBLASLt: %s", doing, cublasLtGetStatusString(status));
+}
+#define CPL_LT(doing, call) CPL_TRY(lt_status((call), __LINE__, (doing)))
+
+static cudaDataType_t type_of(int32_t dt) {
+    return dt == CPL_BF16 ? CUDA_R_16BF : dt == CPL_F16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
+static int32_t alignment_of(const void *p) {
+    uintptr_t at = (uintptr_t)p;
+    int32_t alignment = 1;
+    while (alignment < ALIGNMENT_MAX && at % (2 * (uintptr_t)alignment) == 0) {
+        alignment *= 2;
+    }
+    return p == NULL ? ALIGNMENT_MAX : alignment;
+}
+
+/* --- descriptors --- */
+
+static cublasLtEpilogue_t epilogue_of(const cpl_product *p) {
+    static const cublasLtEpilogue_t epilogues[] = {[CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT,
+                                                   [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
+                                                   [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU,
+                                                   [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
+    return epilogues[p->after];
+}
+
+static cpl_status point(cpl_product_plan *plan, const cpl_product_data *data) {
+    cpl_status st = CPL_OK;
+    if (data->vector != NULL) {
+        CPL_LT("bias of a product",
+               cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &data->vector, sizeof data->vector));
+    }
+    if (data->aux != NULL && plan->product.after == CPL_AFTER_GELU_GRAD) {
+        CPL_LT("input of GELU",
+               cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &data->aux, sizeof data->aux));
+    }
+done:
+    return st;
+}
+
+static cpl_status describe(cpl_product_plan *plan) {
+    cpl_status st = CPL_OK;
+    const cpl_product *p = &plan->product;
+    const cublasOperation_t ops[2] = {p->transposed_a ? CUBLAS_OP_T : CUBLAS_OP_N, p->transposed_b ? CUBLAS_OP_T : CUBLAS_OP_N};
+    cublasLtEpilogue_t epilogue = epilogue_of(p);
+    const char *doing = "describe a product";
+    cudaDataType_t type = type_of(p->dt), d_type = p->wide ? CUDA_R_32F : type;
+    CPL_LT(doing, cublasLtMatmulDescCreate(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSA, &ops[0], sizeof ops[0]));
+    CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSB, &ops[1], sizeof ops[1]));
+    CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    if (p->after == CPL_AFTER_GELU_GRAD) {
+        CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &p->m, sizeof p->m));
+    }
+    const int64_t a[2] = {p->transposed_a ? p->k : p->m, p->transposed_a ? p->m : p->k};
+    const int64_t b[2] = {p->transposed_b ? p->n : p->k, p->transposed_b ? p->k : p->n};
+    CPL_LT(doing, cublasLtMatrixLayoutCreate(&plan->a, type, (uint64_t)a[0], (uint64_t)a[1], a[0]));
+    CPL_LT(doing, cublasLtMatrixLayoutCreate(&plan->b, type, (uint64_t)b[0], (uint64_t)b[1], b[0]));
+    CPL_LT(doing, cublasLtMatrixLayoutCreate(&plan->d, d_type, (uint64_t)p->m, (uint64_t)p->n, p->m));
+done:
+    return st;
+}
+
+static void plan_destroy(cpl_product_plan *plan) {
+    if (plan->desc != NULL) {
+        cublasLtMatmulDescDestroy(plan->desc);
+    }
+    cublasLtMatrixLayout_t layouts[] = {plan->a, plan->b, plan->d};
+    for (int i = 0; i < 3; i++) {
+        if (layouts[i] != NULL) {
+            cublasLtMatrixLayoutDestroy(layouts[i]);
+        }
+    }
+    cpl_free(&plan);
+}
+
+static cpl_status limit(const cpl_product *p, cublasLtMatmulPreference_t preference) {
+    cpl_status st = CPL_OK;
+    const char *doing = "look for algorithms";
+    const size_t workspace = WORKSPACE_BYTES;
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+    const uint32_t align[3] = {(uint32_t)p->alignment[0], (uint32_t)p->alignment[1], (uint32_t)p->alignment[2]};
+#define LIMIT(name, value)                                                                                                         \
+    CPL_LT(doing, cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_##name, &(value), sizeof(value)))
+    LIMIT(MAX_WORKSPACE_BYTES, workspace);
+    LIMIT(REDUCTION_SCHEME_MASK, schemes);
+    LIMIT(MIN_ALIGNMENT_A_BYTES, align[0]);
+    LIMIT(MIN_ALIGNMENT_B_BYTES, align[1]);
+    LIMIT(MIN_ALIGNMENT_C_BYTES, align[2]);
+    LIMIT(MIN_ALIGNMENT_D_BYTES, align[2]);
+#undef LIMIT
+done:
+    return st;
+}
+
+/* --- timing --- */
+
+static cublasStatus_t enqueue(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data,
+                              const cublasLtMatmulAlgo_t *algo) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    const float one = 1.0f, beta = plan->product.accumulate ? 1.0f : 0.0f;
+    return cublasLtMatmul(cuda->linear->handle, plan->desc, &one, data->a, plan->a, data->b, plan->b, &beta, data->d, plan->d,
+                          data->d, plan->d, algo, cuda->linear->workspace, WORKSPACE_BYTES, cuda->stream);
+}
+
+typedef struct {
+    cpl_device *dev;
+    cpl_product_plan *plan;
+    const cpl_product_data *data;
+    const cublasLtMatmulAlgo_t *algo;
+} attempt;
+
+static cpl_status run_attempt(void *context) {
+    attempt *a = context;
+    return lt_status(enqueue(a->dev, a->plan, a->data, a->algo), __LINE__, "try an algorithm");
+}
+
+/* Fastest of the offered: all once, the best few again. An algorithm that cannot run is passed over. */
+static cpl_status race(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data,
+                       const cublasLtMatmulHeuristicResult_t *offered, int count) {
+    cpl_status st = CPL_OK;
+    double ms[OFFERED_MAX];
+    for (int i = 0; i < count; i++) {
+        attempt a = {.dev = dev, .plan = plan, .data = data, .algo = &offered[i].algo};
+        ms[i] = INFINITY;
+        if (offered[i].state == CUBLAS_STATUS_SUCCESS && enqueue(dev, plan, data, a.algo) == CUBLAS_STATUS_SUCCESS) {
+            CPL_TRY(cpl_tuning_time(dev, run_attempt, &a, 1, &ms[i]));
+        }
+    }
+    for (int round = 0; round < FINALISTS; round++) {
+        int best = -1;
+        for (int i = 0; i < count; i++) {
+            best = isfinite(ms[i]) && (best < 0 || ms[i] < ms[best]) ? i : best;
+        }
+        if (best < 0) {
+            break;
+        }
+        double again = 0;
+        attempt a = {.dev = dev, .plan = plan, .data = data, .algo = &offered[best].algo};
+        CPL_TRY(cpl_tuning_time(dev, run_attempt, &a, ROUNDS, &again));
+        if (again < plan->ms) {
+            plan->ms = again;
+            plan->algo = offered[best].algo;
+        }
+        ms[best] = INFINITY;
+    }
+done:
+    return st;
+}
+
+/* Accumulating products are timed on a d of their own. */
+static cpl_status choose(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data) {
+    cpl_status st = CPL_OK;
+    cublasLtMatmulPreference_t preference = NULL;
+    cublasLtMatmulHeuristicResult_t *offered = NULL;
+    cpl_product_data there = *data;
+    void *own = NULL;
+    int count = 0;
+    const cpl_product *p = &plan->product;
+    if (cpl_cuda_of(dev)->recording) {
+        CPL_FAIL(CPL_INTERNAL, "product %lld x %lld x %lld: expected to be timed before a graph is recorded", (long long)p->m,
+                 (long long)p->n, (long long)p->k);
+    }
+    CPL_TRY(cpl_alloc(&offered, OFFERED_MAX, sizeof *offered, "algorithms of a product"));
+    CPL_LT("look for algorithms", cublasLtMatmulPreferenceCreate(&preference));
+    CPL_TRY(limit(p, preference));
+    cublasStatus_t found = cublasLtMatmulAlgoGetHeuristic(cpl_cuda_of(dev)->linear->handle, plan->desc, plan->a, plan->b, plan->d,
+                                                          plan->d, preference, OFFERED_MAX, offered, &count);
+    if (found == CUBLAS_STATUS_NOT_SUPPORTED || count == 0) {
+        goto done; /* ms stays infinite */
+    }
+    CPL_LT("look for algorithms", found);
+    if (p->accumulate) {
+        CPL_CUDA_TRY("time a product", cudaMalloc(&own, (size_t)p->m * (size_t)p->n * sizeof(float)));
+        CPL_CUDA_TRY("time a product", cudaMemsetAsync(own, 0, (size_t)p->m * (size_t)p->n * sizeof(float), cpl_cuda_stream(dev)));
+        there.d = own;
+    }
+    CPL_TRY(race(dev, plan, &there, offered, count));
+done:
+    if (own != NULL) {
+        cudaStreamSynchronize(cpl_cuda_stream(dev));
+        cudaFree(own);
+    }
+    if (preference != NULL) {
+        cublasLtMatmulPreferenceDestroy(preference);
+    }
+    cpl_free(&offered);
+    return st;
+}
+
+/* --- plans --- */
+
+/* From the file of earlier choices, if the library still takes the algorithm; else timed and added to it. */
+static cpl_status settle(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data) {
+    cpl_status st = CPL_OK;
+    cpl_cuda_linear *linear = cpl_cuda_of(dev)->linear;
+    cublasLtMatmulHeuristicResult_t check;
+    CPL_TRY(describe(plan));
+    CPL_TRY(point(plan, data));
+    plan->ms = INFINITY;
+    if (cpl_tuning_find(linear->tuning, "product", &plan->product, sizeof plan->product, &plan->ms, &plan->algo,
+                        sizeof plan->algo)) {
+        if (!isfinite(plan->ms) || cublasLtMatmulAlgoCheck(linear->handle, plan->desc, plan->a, plan->b, plan->d, plan->d,
+                                                           &plan->algo, &check) == CUBLAS_STATUS_SUCCESS) {
+            goto done;
+        }
+        plan->ms = INFINITY;
+    }
+    CPL_TRY(choose(dev, plan, data));
+    CPL_TRY(
+        cpl_tuning_keep(linear->tuning, "product", &plan->product, sizeof plan->product, plan->ms, &plan->algo, sizeof plan->algo));
+done:
+    return st;
+}
+
+cpl_status cpl_cuda_product_find(cpl_device *dev, const cpl_product *product, const cpl_product_data *data, cpl_product_plan **out,
+                                 double *ms) {
+    cpl_status st = CPL_OK;
+    cpl_cuda_linear *linear = cpl_cuda_of(dev)->linear;
+    cpl_product_plan *plan = NULL;
+    cpl_product wanted = *product;
+    const void *pointers[4] = {data->a, data->b, data->d, wanted.after == CPL_AFTER_GELU_GRAD ? data->aux : data->vector};
+    for (int i = 0; i < 4; i++) {
+        wanted.alignment[i] = alignment_of(pointers[i]);
+    }
+    for (*out = linear->plans; *out != NULL; *out = (*out)->next) {
+        if (memcmp(&(*out)->product, &wanted, sizeof wanted) == 0) {
+            *ms = (*out)->ms;
+            return CPL_OK;
+        }
+    }
+    CPL_TRY(cpl_alloc(&plan, 1, sizeof *plan, "plan of a product"));
+    plan->product = wanted;
+    CPL_TRY(settle(dev, plan, data));
+    plan->next = linear->plans;
+    linear->plans = plan;
+    *out = plan;
+    *ms = plan->ms;
+    plan = NULL;
+done:
+    if (plan != NULL) {
+        plan_destroy(plan);
+    }
+    return st;
+}
+
+cpl_status cpl_cuda_product_run(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data) {
+    cpl_status st = CPL_OK;
+    const cpl_product *p = &plan->product;
+    if (!isfinite(plan->ms)) {
+        CPL_FAIL(CPL_UNSUPPORTED, "cuBLASLt has no product of %lld x %lld x %lld in %s", (long long)p->m, (long long)p->n,
+                 (long long)p->k, cpl_dtype_name((cpl_dtype)p->dt));
+    }
+    CPL_TRY(point(plan, data));
+    CPL_LT("matrix product", enqueue(dev, plan, data, &plan->algo));
+    CPL_TRY(cpl_cuda_launched(dev, "matrix product"));
+done:
+    return st;
+}
+
+cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t size[3], cpl_status (*body)(void *context),
+                               void *context, double *ms) {
+    cpl_status st = CPL_OK;
+    cpl_tuning *tuning = cpl_cuda_of(dev)->linear->tuning;
+    if (cpl_tuning_find(tuning, name, size, 3 * sizeof *size, ms, NULL, 0)) {
+        return CPL_OK;
+    }
+    if (cpl_cuda_of(dev)->recording) {
+        CPL_FAIL(CPL_INTERNAL, "%s: expected to be timed before a graph is recorded", name);
+    }
+    CPL_TRY(body(context));
+    CPL_TRY(cpl_tuning_time(dev, body, context, ROUNDS, ms));
+    CPL_TRY(cpl_tuning_keep(tuning, name, size, 3 * sizeof *size, *ms, NULL, 0));
+done:
+    return st;
+}
+
+cpl_status cpl_cuda_linear_open(cpl_device *dev) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    CPL_TRY(cpl_alloc(&cuda->linear, 1, sizeof *cuda->linear, "matrix library"));
+    CPL_LT("open cuBLASLt", cublasLtCreate(&cuda->linear->handle));
+    CPL_CUDA_TRY("workspace of cuBLASLt", cudaMalloc(&cuda->linear->workspace, WORKSPACE_BYTES));
+    CPL_TRY(cpl_tuning_open(&cuda->linear->tuning, dev->name, (int64_t)cublasLtGetVersion()));
+done:
+    return st;
+}
+
+void cpl_cuda_linear_close(cpl_device *dev) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (cuda->linear == NULL) {
+        return;
+    }
+    while (cuda->linear->plans != NULL) {
+        cpl_product_plan *plan = cuda->linear->plans;
+        cuda->linear->plans = plan->next;
+        plan_destroy(plan);
+    }
+    cudaFree(cuda->linear->workspace);
+    if (cuda->linear->handle != NULL) {
+        cublasLtDestroy(cuda->linear->handle);
+    }
+    cpl_tuning_close(&cuda->linear->tuning);
+    cpl_free(&cuda->linear);
+}

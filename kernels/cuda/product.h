@@ -1,0 +1,58 @@
+/* One matrix product on the GPU, and what follows it in the same pass.
+ * Refuses to choose an algorithm by guess: each shape's are timed once. */
+#ifndef CPL_KERNELS_CUDA_PRODUCT_H
+#define CPL_KERNELS_CUDA_PRODUCT_H
+
+#include "kernels/cuda/cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+    CPL_AFTER_NOTHING,
+    CPL_AFTER_BIAS,      /* d += vector over rows; vector [m] of d's type */
+    CPL_AFTER_GELU_GRAD, /* d *= GELU'(aux); aux [m,n] of a's type */
+    CPL_AFTER_BIAS_GRAD  /* vector [n] f32 = sums of b over k */
+} cpl_after;
+
+/* d = op(a) op(b) [+ d], all column-major: a [m,k] or, transposed, [k,m]; b [k,n] or [n,k]; d [m,n]; no gaps between columns. */
+typedef struct {
+    int32_t dt;   /* cpl_dtype of a and b */
+    int32_t wide; /* d is f32, whatever dt */
+    int32_t transposed_a, transposed_b;
+    int32_t accumulate;   /* d += instead of = */
+    int32_t after;        /* cpl_after */
+    int32_t alignment[4]; /* bytes: of a, b, d and of vector or aux; filled by cpl_cuda_product_find */
+    int64_t m, n, k;
+} cpl_product;
+
+typedef struct {
+    const void *a, *b;
+    void *d;
+    void *vector;
+    const void *aux;
+} cpl_product_data;
+
+typedef struct cpl_product_plan cpl_product_plan;
+
+/* *out: the plan for this product over such pointers, timed on first use (not while a graph is recorded; d is left as a run of it
+ * would leave it, or untouched where accumulated). *ms: its time, INFINITY where cuBLASLt has none. Errors: CPL_DEVICE;
+ * CPL_INTERNAL when it would have to be timed while a graph is recorded. */
+cpl_status cpl_cuda_product_find(cpl_device *dev, const cpl_product *product, const cpl_product_data *data, cpl_product_plan **out,
+                                 double *ms);
+cpl_status cpl_cuda_product_run(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data);
+
+/* *ms = time of `body`, once for the same name and size on this GPU: kept beside the plans. */
+cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t size[3], cpl_status (*body)(void *context),
+                               void *context, double *ms);
+
+/* What a product does not do in the same pass.   x, dx, pre [n] act   y [R,N] act, bias [N] act   dy [R,N] act, db [N] f32 += */
+cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx, const void *pre, int64_t n);
+cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const void *bias, int64_t R, int64_t N);
+cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

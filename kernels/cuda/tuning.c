@@ -1,0 +1,225 @@
+/* See tuning.h: one line a choice, "name key-in-hex ms value-in-hex".
+ * Refuses lines of another form, and files of another GPU or library version. */
+#include "kernels/cuda/tuning.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { KEY_MAX = 256, ROUNDS_MAX = 32 };
+
+typedef struct {
+    char name[32];
+    char key[2 * KEY_MAX + 1], value[2 * KEY_MAX + 1]; /* hex; value "-": none */
+    double ms;
+} entry;
+
+struct cpl_tuning {
+    char path[1024]; /* "": none can be kept */
+    char title[256]; /* the file's first line */
+    entry *entries;  /* owned [capacity] */
+    size_t count, capacity;
+    bool changed;
+};
+
+static void to_hex(const void *bytes, size_t n, char *hex) {
+    const unsigned char *p = bytes;
+    if (n == 0) {
+        strcpy(hex, "-");
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        snprintf(hex + 2 * i, 3, "%02x", p[i]);
+    }
+}
+
+static bool from_hex(const char *hex, void *bytes, size_t n) {
+    unsigned char *p = bytes;
+    if (strlen(hex) != 2 * n) {
+        return n == 0 && strcmp(hex, "-") == 0;
+    }
+    for (size_t i = 0; i < n; i++) {
+        unsigned value = 0;
+        if (sscanf(hex + 2 * i, "%2x", &value) != 1) {
+            return false;
+        }
+        p[i] = (unsigned char)value;
+    }
+    return true;
+}
+
+static cpl_status add(cpl_tuning *t, const entry *e) {
+    cpl_status st = CPL_OK;
+    entry *grown = NULL;
+    if (t->count == t->capacity) {
+        size_t capacity = t->capacity == 0 ? 64 : 2 * t->capacity;
+        CPL_TRY(cpl_alloc(&grown, capacity, sizeof *grown, "tuning table"));
+        if (t->count > 0) {
+            memcpy(grown, t->entries, t->count * sizeof *grown);
+        }
+        cpl_free(&t->entries);
+        t->entries = grown;
+        t->capacity = capacity;
+    }
+    t->entries[t->count++] = *e;
+done:
+    return st;
+}
+
+/* The folder is made where it is missing; "" where that cannot be done. */
+static void find_path(cpl_tuning *t, const char *gpu, int64_t version) {
+    char folder[800] = "", name[128];
+    const char *own = getenv("CUPEL_CACHE"), *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (own != NULL && own[0] != 0) {
+        snprintf(folder, sizeof folder, "%.780s", own);
+    } else if (cache != NULL && cache[0] != 0) {
+        snprintf(folder, sizeof folder, "%.700s/cupel", cache);
+    } else if (home != NULL && home[0] != 0) {
+        snprintf(folder, sizeof folder, "%.700s/.cache", home);
+        (void)mkdir(folder, 0777);
+        snprintf(folder, sizeof folder, "%.700s/.cache/cupel", home);
+    } else {
+        return;
+    }
+    (void)mkdir(folder, 0777);
+    if (access(folder, W_OK) != 0) {
+        return;
+    }
+    snprintf(name, sizeof name, "%.100s", gpu);
+    for (char *c = name; *c != 0; c++) {
+        bool plain = (*c >= 'a' && *c <= 'z') || (*c >= 'A' && *c <= 'Z') || (*c >= '0' && *c <= '9');
+        *c = plain ? *c : '-';
+    }
+    snprintf(t->path, sizeof t->path, "%s/%s-%lld.tuning", folder, name, (long long)version);
+}
+
+static cpl_status read_file(cpl_tuning *t) {
+    cpl_status st = CPL_OK;
+    char line[4 * KEY_MAX + 256];
+    FILE *f = t->path[0] == 0 ? NULL : fopen(t->path, "r");
+    if (f == NULL) {
+        return CPL_OK;
+    }
+    bool right = fgets(line, sizeof line, f) != NULL && strcmp(line, t->title) == 0;
+    while (right && fgets(line, sizeof line, f) != NULL) {
+        entry e;
+        char ms[40], *end = NULL;
+        right = sscanf(line, "%31s %512s %39s %512s", e.name, e.key, ms, e.value) == 4;
+        e.ms = right ? strtod(ms, &end) : 0;
+        right = right && end != ms && *end == 0 && e.ms > 0;
+        if (right) {
+            CPL_TRY(add(t, &e));
+        }
+    }
+    t->count = right ? t->count : 0;
+done:
+    fclose(f);
+    return st;
+}
+
+cpl_status cpl_tuning_open(cpl_tuning **out, const char *gpu, int64_t version) {
+    cpl_status st = CPL_OK;
+    cpl_tuning *t = NULL;
+    CPL_TRY(cpl_alloc(&t, 1, sizeof *t, "tuning table"));
+    snprintf(t->title, sizeof t->title, "cupel tuning 1, %.120s, cuBLASLt %lld\n", gpu, (long long)version);
+    find_path(t, gpu, version);
+    CPL_TRY(read_file(t));
+    *out = t;
+    t = NULL;
+done:
+    cpl_tuning_close(&t);
+    return st;
+}
+
+static void write_file(const cpl_tuning *t) {
+    char beside[1100];
+    snprintf(beside, sizeof beside, "%s.%ld", t->path, (long)getpid());
+    FILE *f = fopen(beside, "w");
+    if (f == NULL) {
+        return;
+    }
+    bool good = fputs(t->title, f) >= 0;
+    for (size_t i = 0; i < t->count && good; i++) {
+        const entry *e = &t->entries[i];
+        good = fprintf(f, "%s %s %.6g %s\n", e->name, e->key, e->ms, e->value) > 0;
+    }
+    good = fclose(f) == 0 && good;
+    if (!good || rename(beside, t->path) != 0) {
+        (void)unlink(beside);
+    }
+}
+
+void cpl_tuning_close(cpl_tuning **tuning) {
+    cpl_tuning *t = *tuning;
+    if (t == NULL) {
+        return;
+    }
+    if (t->changed && t->path[0] != 0) {
+        write_file(t);
+    }
+    cpl_free(&t->entries);
+    cpl_free(tuning);
+}
+
+bool cpl_tuning_find(const cpl_tuning *t, const char *name, const void *key, size_t key_bytes, double *ms, void *value,
+                     size_t value_bytes) {
+    char hex[2 * KEY_MAX + 1];
+    to_hex(key, key_bytes, hex);
+    for (size_t i = 0; i < t->count; i++) {
+        const entry *e = &t->entries[i];
+        if (strcmp(e->key, hex) == 0 && strcmp(e->name, name) == 0 && from_hex(e->value, value, value_bytes)) {
+            *ms = e->ms;
+            return true;
+        }
+    }
+    return false;
+}
+
+cpl_status cpl_tuning_keep(cpl_tuning *t, const char *name, const void *key, size_t key_bytes, double ms, const void *value,
+                           size_t value_bytes) {
+    cpl_status st = CPL_OK;
+    entry e = {.ms = ms};
+    if (key_bytes > KEY_MAX || value_bytes > KEY_MAX || strlen(name) >= sizeof e.name) {
+        CPL_FAIL(CPL_INTERNAL, "tuning: '%s' with %zu and %zu bytes: expected at most %d", name, key_bytes, value_bytes, KEY_MAX);
+    }
+    strcpy(e.name, name);
+    to_hex(key, key_bytes, e.key);
+    to_hex(value, value_bytes, e.value);
+    CPL_TRY(add(t, &e));
+    t->changed = true;
+done:
+    return st;
+}
+
+cpl_status cpl_tuning_time(cpl_device *dev, cpl_status (*body)(void *context), void *context, int rounds, double *ms) {
+    cpl_status st = CPL_OK;
+    cudaStream_t stream = cpl_cuda_stream(dev);
+    cudaEvent_t event[2] = {NULL, NULL};
+    double taken[ROUNDS_MAX];
+    for (int i = 0; i < 2; i++) {
+        CPL_CUDA_TRY("make an event", cudaEventCreate(&event[i]));
+    }
+    for (int round = 0; round < rounds && round < ROUNDS_MAX; round++) {
+        float one = 0;
+        CPL_CUDA_TRY("time an operation", cudaEventRecord(event[0], stream));
+        CPL_TRY(body(context));
+        CPL_CUDA_TRY("time an operation", cudaEventRecord(event[1], stream));
+        CPL_CUDA_TRY("time an operation", cudaEventSynchronize(event[1]));
+        CPL_CUDA_TRY("time an operation", cudaEventElapsedTime(&one, event[0], event[1]));
+        int at = round;
+        for (; at > 0 && taken[at - 1] > (double)one; at--) {
+            taken[at] = taken[at - 1];
+        }
+        taken[at] = (double)one;
+    }
+    *ms = taken[rounds / 2];
+done:
+    for (int i = 0; i < 2; i++) {
+        if (event[i] != NULL) {
+            cudaEventDestroy(event[i]);
+        }
+    }
+    return st;
+}
