@@ -1,0 +1,52 @@
+# The same job on the CPU and on a GPU: losses in fp32, validation loss in 16 bits, the same bits twice, after a resume, and on 1 and 2 ranks of
+# one GPU with reduction tree; a fault injected on one rank is skipped by all.
+# Refuses to pass without a GPU: it is skipped and says so.
+# ctest: TIMEOUT 900
+. "$CUPEL_SOURCE/tests/jobs/tiny.sh"
+"$CUPEL" info >info.txt || fail "info"
+grep -q '^ GPU ' info.txt || skip "$(sed -n 's/^ CUDA  *//p' info.txt)"
+tiny_text text.txt
+tiny_job job.yaml
+run() { # run DIR RANKS DEVICE [SETTING]...
+    local dir=$1 n=$2 device=$3 sets=()
+    shift 3
+    for s in "$@"; do sets+=(--set "$s"); done
+    ranks "$n" "$CUPEL" run job.yaml --out "$dir" --quiet --set run.device="$device" "${sets[@]}" >out.txt 2>&1 || { cat out.txt >&2; fail "$dir"; }
+}
+# close A B DATASET BOUND: all values of the two differ by less than BOUND.
+close() {
+    paste <(values "$1/results.h5" "$3" | tr ' ' '\n') <(values "$2/results.h5" "$3" | tr ' ' '\n') |
+        awk -v bound="$4" '{ d = $1 - $2; d = d < 0 ? -d : d; if (!(d < bound)) bad++; if (d > most) most = d; n++ }
+            END { printf "%d values, at most %g apart\n", n, most; exit !(n > 0 && bad == 0) }' || fail "$3 of $1 and $2: more than $4 apart"
+}
+
+run cpu 1 cpu teacher.precision=fp32 teacher.steps=100
+run gpu 1 cuda teacher.precision=fp32 teacher.steps=100
+close cpu gpu /stages/teacher/loss 1e-4
+for p in bf16 fp16; do
+    run $p 1 cuda teacher.precision=$p teacher.steps=100
+    run $p-again 1 cuda teacher.precision=$p teacher.steps=100
+    same "$(model $p)" "$(model $p-again)" param m v metrics_eval
+    close cpu $p /stages/teacher/val_loss 0.02
+    for r in gelu block; do
+        run $r-$p 1 cuda teacher.precision=$p teacher.recompute=$r teacher.steps=100
+        same "$(model $p)" "$(model $r-$p)" param m v
+    done
+    run tree-$p-1 1 cuda teacher.precision=$p teacher.reduction=tree
+    run tree-$p-2 2 cuda teacher.precision=$p teacher.reduction=tree
+    same "$(model tree-$p-1)" "$(model tree-$p-2)" param m v
+done
+
+# A resume: from a copy of a run that stopped on its way.
+mkdir half
+cp -r bf16/. half/
+rm -f half/results.h5 half/stages/*
+find half/checkpoints -name 'step-100.h5' -delete
+run half 1 cuda teacher.precision=bf16 teacher.steps=100
+same "$(model bf16)" "$(model half)" param m v
+
+run fault 2 cuda teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_step=2 teacher.inject_rank=1 teacher.inject_tensor=wte
+[ "$(values fault/results.h5 /stages/teacher/overflow)" = "0 0 1 0 0 0" ] || fail "overflow: $(values fault/results.h5 /stages/teacher/overflow)"
+run fault-alone 1 cuda teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_step=2 teacher.inject_tensor=wte
+[ "$(values fault-alone/results.h5 /stages/teacher/overflow)" = "0 0 1 0 0 0" ] || fail "overflow alone"
+exit 0
