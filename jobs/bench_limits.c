@@ -82,29 +82,38 @@ done:
     return st;
 }
 
+/* One shape, forward and with the weights transposed; the faster into *most. */
+static cpl_status product_of(cpl_bench *b, cpl_dtype dt, int64_t n, int64_t k, int64_t m, cpl_bench_row *most) {
+    cpl_status st = CPL_OK;
+    product p = {.dev = b->dev, .dt = dt, .R = m, .N = n, .K = k};
+    cpl_status local = cpl_bench_normals(b, dt, m * k, 1, 1, &p.x);
+    local = local == CPL_OK ? cpl_bench_normals(b, dt, n * k, 0.02f, 2, &p.w) : local;
+    local = local == CPL_OK ? cpl_device_alloc(b->dev, &p.y, (size_t)(m * n), cpl_dtype_size(dt), "bench") : local;
+    CPL_TRY(cpl_agree(b->world, local));
+    for (int transposed = 0; transposed < 2; transposed++) {
+        cpl_bench_row row = {.flops = 2.0 * (double)m * (double)n * (double)k};
+        snprintf(row.name, sizeof row.name, "limit: matrix product %s", cpl_dtype_name(dt));
+        snprintf(row.shape, sizeof row.shape, "%lldx%lldx%lld", (long long)m, (long long)n, (long long)k);
+        CPL_TRY(cpl_bench_time(b, transposed ? backward : multiply, &p, &row));
+        *most = cpl_bench_rate(&row) > cpl_bench_rate(most) ? row : *most;
+    }
+done:
+    cpl_device_free(b->dev, &p.x);
+    cpl_device_free(b->dev, &p.w);
+    cpl_device_free(b->dev, &p.y);
+    return st;
+}
+
 static cpl_status products(cpl_bench *b, cpl_dtype dt) {
     cpl_status st = CPL_OK;
     /* The larger, the nearer to the limit and the slower: the last are left out where they would take too long. */
-    static const int64_t shapes[][3] = {{512, 512, 512}, {1024, 1024, 1024}, {2048, 1024, 512}, {2048, 2048, 2048}};
-    enum { SHAPES = sizeof shapes / sizeof shapes[0], ALWAYS = 2, LARGEST = 2048 * 2048 };
-    product p = {.dev = b->dev, .dt = dt};
+    static const int64_t shapes[][3] = {{512, 512, 512},    {1024, 1024, 1024}, {2048, 1024, 512},
+                                        {2048, 2048, 2048}, {4096, 4096, 4096}, {8192, 8192, 8192}};
+    enum { SHAPES = sizeof shapes / sizeof shapes[0], ALWAYS = 2 };
     cpl_bench_row most = {.flops = 1, .seconds = 1e30};
-    cpl_status local = cpl_bench_normals(b, dt, LARGEST, 1, 1, &p.x);
-    local = local == CPL_OK ? cpl_bench_normals(b, dt, LARGEST, 0.02f, 2, &p.w) : local;
-    local = local == CPL_OK ? cpl_device_alloc(b->dev, &p.y, LARGEST, cpl_dtype_size(dt), "bench") : local;
-    CPL_TRY(cpl_agree(b->world, local));
     int64_t enough = 0;
     for (int i = 0; i < SHAPES && !enough; i++) {
-        p.R = shapes[i][0];
-        p.N = shapes[i][1];
-        p.K = shapes[i][2];
-        for (int transposed = 0; transposed < 2; transposed++) {
-            cpl_bench_row row = {.flops = 2.0 * (double)p.R * (double)p.N * (double)p.K};
-            snprintf(row.name, sizeof row.name, "limit: matrix product %s", cpl_dtype_name(dt));
-            snprintf(row.shape, sizeof row.shape, "%lldx%lldx%lld", (long long)p.R, (long long)p.N, (long long)p.K);
-            CPL_TRY(cpl_bench_time(b, transposed ? backward : multiply, &p, &row));
-            most = cpl_bench_rate(&row) > cpl_bench_rate(&most) ? row : most;
-        }
+        CPL_TRY(product_of(b, dt, shapes[i][1], shapes[i][2], shapes[i][0], &most));
         if (i + 1 < SHAPES) {
             const int64_t *next = shapes[i + 1];
             double seconds = 2.0 * (double)next[0] * (double)next[1] * (double)next[2] / cpl_bench_rate(&most);
@@ -114,9 +123,6 @@ static cpl_status products(cpl_bench *b, cpl_dtype dt) {
     }
     CPL_TRY(keep_larger(b, &most, &b->products[dt]));
 done:
-    cpl_device_free(b->dev, &p.x);
-    cpl_device_free(b->dev, &p.w);
-    cpl_device_free(b->dev, &p.y);
     return st;
 }
 
