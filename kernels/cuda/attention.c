@@ -1,0 +1,212 @@
+/* Causal self-attention on CUDA: which implementation a call gets.
+ * Refuses a backward whose bits depend on scheduling.
+ *
+ * CUPEL_ATTENTION=own: our kernels. CUPEL_ATTENTION=cudnn: cuDNN, CPL_UNSUPPORTED where it has no plan for the shape and type.
+ * Else, for each direction, type and shape at its first call: our kernels in f32, without cuDNN, or where cuDNN has no (for the
+ * backward: no deterministic) plan; otherwise both run a few times on the buffers of that call, and cuDNN is taken where its median
+ * is below 0.9 of ours. What was taken stays until the device closes. The two differ in roundoff, so a run that must repeat
+ * another's bits on shapes where they are about equally fast fixes the choice by the environment. A shape first met while a graph
+ * is recorded gets our kernels, since nothing can be timed then. */
+#include "kernels/cuda/attention.h"
+#include <stdlib.h>
+#include <string.h>
+
+enum { TIMED_RUNS = 5 };
+static const double CUDNN_WINS_BELOW = 0.9;
+
+typedef enum { AUTO, OWN, CUDNN } attention_choice;
+
+typedef struct {
+    cpl_attention_direction direction;
+    cpl_attention_shape shape;
+    bool cudnn;
+} remembered;
+
+struct cpl_cuda_attention {
+    attention_choice choice;
+    cpl_cudnn *cudnn;       /* owned, or NULL */
+    remembered *remembered; /* owned [capacity] */
+    size_t count, capacity;
+};
+
+#ifndef CPL_CUDNN
+cpl_status cpl_attention_cudnn_plan(cpl_device *dev, cpl_cudnn **cudnn, cpl_attention_direction direction,
+                                    const cpl_attention_shape *s, bool *usable) {
+    *usable = false;
+    return CPL_OK;
+}
+cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attention_direction direction,
+                                   const cpl_attention_shape *s, const cpl_attention_buffers *x) {
+    return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "attention: cuDNN is not in this build");
+}
+void cpl_attention_cudnn_close(cpl_cudnn **cudnn) {}
+#endif
+
+static cpl_status attention_of(cpl_device *dev, cpl_cuda_attention **out) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (cuda->attention == NULL) {
+        const char *said = getenv("CUPEL_ATTENTION");
+        attention_choice choice = AUTO;
+        if (said != NULL && strcmp(said, "own") == 0) {
+            choice = OWN;
+        } else if (said != NULL && strcmp(said, "cudnn") == 0) {
+            choice = CUDNN;
+        } else if (said != NULL && said[0] != '\0') {
+            CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_ATTENTION=%s: expected own or cudnn", said);
+        }
+        CPL_TRY(cpl_alloc(&cuda->attention, 1, sizeof *cuda->attention, "attention"));
+        cuda->attention->choice = choice;
+    }
+    *out = cuda->attention;
+done:
+    return st;
+}
+
+void cpl_cuda_attention_close(cpl_device *dev) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (cuda->attention != NULL) {
+        cpl_attention_cudnn_close(&cuda->attention->cudnn);
+        cpl_free(&cuda->attention->remembered);
+        cpl_free(&cuda->attention);
+    }
+}
+
+static bool same_shape(const cpl_attention_shape *a, const cpl_attention_shape *b) {
+    return a->dt == b->dt && a->B == b->B && a->T == b->T && a->H == b->H && a->D == b->D;
+}
+
+static const remembered *find(const cpl_cuda_attention *a, cpl_attention_direction direction, const cpl_attention_shape *s) {
+    for (size_t i = 0; i < a->count; i++) {
+        if (a->remembered[i].direction == direction && same_shape(&a->remembered[i].shape, s)) {
+            return &a->remembered[i];
+        }
+    }
+    return NULL;
+}
+
+static cpl_status keep(cpl_cuda_attention *a, cpl_attention_direction direction, const cpl_attention_shape *s, bool cudnn) {
+    cpl_status st = CPL_OK;
+    remembered *grown = NULL;
+    if (a->count == a->capacity) {
+        size_t capacity = a->capacity == 0 ? 16 : 2 * a->capacity;
+        CPL_TRY(cpl_alloc(&grown, capacity, sizeof *grown, "attention shapes"));
+        if (a->count > 0) {
+            memcpy(grown, a->remembered, a->count * sizeof *grown);
+        }
+        cpl_free(&a->remembered);
+        a->remembered = grown;
+        a->capacity = capacity;
+    }
+    a->remembered[a->count++] = (remembered){.direction = direction, .shape = *s, .cudnn = cudnn};
+done:
+    return st;
+}
+
+static cpl_status run(cpl_device *dev, cpl_cuda_attention *a, bool cudnn, cpl_attention_direction direction,
+                      const cpl_attention_shape *s, const cpl_attention_buffers *x) {
+    if (cudnn) {
+        return cpl_attention_cudnn_run(dev, a->cudnn, direction, s, x);
+    }
+    return direction == CPL_ATTENTION_FWD ? cpl_attention_own_fwd(dev, s, x) : cpl_attention_own_bwd(dev, s, x);
+}
+
+static int ascending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* *ms = median of TIMED_RUNS runs after one that is not counted. */
+static cpl_status timed(cpl_device *dev, cpl_cuda_attention *a, bool cudnn, cpl_attention_direction direction,
+                        const cpl_attention_shape *s, const cpl_attention_buffers *x, double *ms) {
+    cpl_status st = CPL_OK;
+    cudaStream_t stream = cpl_cuda_stream(dev);
+    cudaEvent_t from = NULL, to = NULL;
+    float each[TIMED_RUNS];
+    CPL_CUDA_TRY("time attention", cudaEventCreate(&from));
+    CPL_CUDA_TRY("time attention", cudaEventCreate(&to));
+    CPL_TRY(run(dev, a, cudnn, direction, s, x));
+    for (int i = 0; i < TIMED_RUNS; i++) {
+        CPL_CUDA_TRY("time attention", cudaEventRecord(from, stream));
+        CPL_TRY(run(dev, a, cudnn, direction, s, x));
+        CPL_CUDA_TRY("time attention", cudaEventRecord(to, stream));
+        CPL_CUDA_TRY("time attention", cudaEventSynchronize(to));
+        CPL_CUDA_TRY("time attention", cudaEventElapsedTime(&each[i], from, to));
+    }
+    qsort(each, TIMED_RUNS, sizeof each[0], ascending);
+    *ms = each[TIMED_RUNS / 2];
+done:
+    if (from != NULL) {
+        cudaEventDestroy(from);
+    }
+    if (to != NULL) {
+        cudaEventDestroy(to);
+    }
+    return st;
+}
+
+/* *cudnn = what this call uses; plans and times where that is not known yet. */
+static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_direction direction, const cpl_attention_shape *s,
+                         const cpl_attention_buffers *x, bool *cudnn) {
+    cpl_status st = CPL_OK;
+    bool usable = false;
+    double own_ms = 0, cudnn_ms = 0;
+    *cudnn = false;
+    if (a->choice == OWN || (a->choice == AUTO && s->dt == CPL_F32)) {
+        return CPL_OK;
+    }
+    if (a->choice == CUDNN) {
+        CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
+        if (!usable) {
+            CPL_FAIL(CPL_UNSUPPORTED, "attention: cuDNN has no %s for %s [B=%lld, T=%lld, H=%lld, D=%lld] here",
+                     direction == CPL_ATTENTION_FWD ? "forward" : "deterministic backward", cpl_dtype_name(s->dt), (long long)s->B,
+                     (long long)s->T, (long long)s->H, (long long)s->D);
+        }
+        *cudnn = true;
+        return CPL_OK;
+    }
+    const remembered *known = find(a, direction, s);
+    if (known != NULL || cpl_cuda_of(dev)->recording) {
+        *cudnn = known != NULL && known->cudnn;
+        return CPL_OK;
+    }
+    CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
+    if (usable) {
+        CPL_TRY(timed(dev, a, false, direction, s, x, &own_ms));
+        CPL_TRY(timed(dev, a, true, direction, s, x, &cudnn_ms));
+    }
+    *cudnn = usable && cudnn_ms < CUDNN_WINS_BELOW * own_ms;
+    CPL_TRY(keep(a, direction, s, *cudnn));
+done:
+    return st;
+}
+
+static cpl_status attend(cpl_device *dev, cpl_attention_direction direction, const cpl_attention_shape *s,
+                         const cpl_attention_buffers *x) {
+    cpl_status st = CPL_OK;
+    cpl_cuda_attention *a = NULL;
+    bool cudnn = false;
+    if (s->B * s->T * s->H * s->D == 0) {
+        return CPL_OK;
+    }
+    CPL_TRY(attention_of(dev, &a));
+    CPL_TRY(choose(dev, a, direction, s, x, &cudnn));
+    CPL_TRY(run(dev, a, cudnn, direction, s, x));
+done:
+    return st;
+}
+
+cpl_status CPL_CUDA(attention_fwd)(cpl_device *dev, cpl_dtype dt, void *out, float *lse, const void *qkv, int64_t B, int64_t T,
+                                   int64_t H, int64_t D) {
+    const cpl_attention_shape s = {.dt = dt, .B = B, .T = T, .H = H, .D = D};
+    const cpl_attention_buffers x = {.qkv = qkv, .out = out, .lse = lse};
+    return attend(dev, CPL_ATTENTION_FWD, &s, &x);
+}
+
+cpl_status CPL_CUDA(attention_bwd)(cpl_device *dev, cpl_dtype dt, void *dqkv, const void *dout, const void *out, const float *lse,
+                                   const void *qkv, int64_t B, int64_t T, int64_t H, int64_t D) {
+    const cpl_attention_shape s = {.dt = dt, .B = B, .T = T, .H = H, .D = D};
+    const cpl_attention_buffers x = {
+        .qkv = qkv, .out = (void *)(uintptr_t)out, .lse = (float *)(uintptr_t)lse, .dout = dout, .dqkv = dqkv};
+    return attend(dev, CPL_ATTENTION_BWD, &s, &x);
+}

@@ -1,0 +1,43 @@
+/* What the files of CUDA attention share: a problem's shape, the implementations, what is remembered per shape.
+ * Refuses to be included from outside kernels/cuda. */
+#ifndef CPL_KERNELS_CUDA_ATTENTION_H
+#define CPL_KERNELS_CUDA_ATTENTION_H
+
+#include "kernels/cuda/cuda.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    cpl_dtype dt;
+    int64_t B, T, H, D;
+} cpl_attention_shape;
+
+/* Buffers of one call, as ops.def describes them; borrowed. Forward: out and lse are written, dqkv and dout are NULL. */
+typedef struct {
+    const void *qkv;
+    void *out;
+    float *lse;
+    const void *dout;
+    void *dqkv;
+} cpl_attention_buffers;
+
+/* Our own kernels: every shape with D <= 256. Errors: CPL_UNSUPPORTED for a wider head. */
+cpl_status cpl_attention_own_fwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
+cpl_status cpl_attention_own_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
+
+typedef enum { CPL_ATTENTION_FWD, CPL_ATTENTION_BWD, CPL_ATTENTION_DIRECTIONS } cpl_attention_direction;
+
+/* cuDNN. `plan` makes, once per direction and shape, the plan that `run` needs: CPL_OK and *usable says whether cuDNN can; it takes
+ * memory and may not be called while a graph is recorded. Without cuDNN in the build nothing is usable. */
+typedef struct cpl_cudnn cpl_cudnn;
+cpl_status cpl_attention_cudnn_plan(cpl_device *dev, cpl_cudnn **cudnn, cpl_attention_direction direction,
+                                    const cpl_attention_shape *s, bool *usable);
+cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attention_direction direction,
+                                   const cpl_attention_shape *s, const cpl_attention_buffers *x);
+void cpl_attention_cudnn_close(cpl_cudnn **cudnn);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
