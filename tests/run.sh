@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Every test: installs what is missing, builds cpu (warnings are errors) and asan, runs both, ends with the line "N passed, N failed".
+# Where a CUDA toolkit is found the preset cuda is built too, and where a GPU is found its tests run.
 # Refuses to end well when anything failed: a build that fails counts as a failed test, a skipped test never counts as passed.
 set -euo pipefail
 
@@ -51,7 +52,19 @@ build() {
     { cmake --preset "$1" -DCUPEL_WERROR=ON -DCUPEL_TESTS=ON && cmake --build "build/$1" --parallel "$(nproc)"; } >"$log" 2>&1 ||
         { grep -E -A 12 'error|FAILED|CMake Error' "$log" | head -n 80 >&2; echo "cupel: the build of $1 failed, all of it is in $log" >&2; return 1; }
 }
-for preset in "${presets[@]}"; do build "$preset"; done
+# has_cuda: nvcc of CUDA 12 or newer.
+has_cuda() {
+    local nvcc version
+    nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null) || return 1
+    version=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
+    ((${version:-0} >= 12))
+}
+built=("${presets[@]}")
+if has_cuda; then built+=(cuda); fi
+for preset in "${built[@]}"; do build "$preset"; done
+if [[ ${built[*]} == *cuda* ]]; then
+    if build/cuda/cupel info | grep -q '^ GPU '; then presets+=(cuda); else skipped+=("cuda: built, but no GPU to run its tests on is here"); fi
+fi
 
 attribute() { sed -n "s/^[[:space:]]*$1=\"\([0-9]*\)\".*/\1/p;s/.*<testsuite .*[[:space:]]$1=\"\([0-9]*\)\".*/\1/p" "$2" | head -n 1; }
 for preset in "${presets[@]}"; do

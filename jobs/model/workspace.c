@@ -3,7 +3,7 @@
 #include "jobs/model/internal.h"
 
 enum { CARVE_ALIGN = 256, LOSS_ROWS_STEP = 64 };
-static const size_t logits_limit = (size_t)64 << 20; /* bytes, when loss_rows is left to us */
+static const size_t logits_least = (size_t)64 << 20; /* bytes, when loss_rows is left to us */
 
 /* Hands out pieces of `base`, or only counts where base is NULL. */
 typedef struct {
@@ -96,10 +96,19 @@ static void carve_all(cpl_workspace *ws, carver *c) {
     ws->logits = carve(c, ws->loss_rows, ws->layout->shape.vocab, cpl_dtype_size(ws->dt));
 }
 
+/* Logits as large as the activations of one block, but at least logits_least, in even chunks: products of few rows are slow. */
 static int64_t default_loss_rows(const cpl_workspace *ws) {
-    int64_t rows = (int64_t)(logits_limit / ((size_t)ws->layout->shape.vocab * cpl_dtype_size(ws->dt)));
-    rows = rows > LOSS_ROWS_STEP ? rows / LOSS_ROWS_STEP * LOSS_ROWS_STEP : rows;
-    return rows < 1 ? 1 : rows;
+    enum { BLOCK_ACTIVATIONS = 16 }; /* [R,C] buffers of a block: carve_training */
+    size_t element = cpl_dtype_size(ws->dt), limit = 0;
+    if (!cpl_mul_size((size_t)ws->R, (size_t)ws->layout->shape.width, &limit) ||
+        !cpl_mul_size(limit, BLOCK_ACTIVATIONS * element, &limit) || limit < logits_least) {
+        limit = logits_least;
+    }
+    int64_t most = (int64_t)(limit / ((size_t)ws->layout->shape.vocab * element));
+    most = most < 1 ? 1 : most < ws->R ? most : ws->R;
+    int64_t chunks = (ws->R + most - 1) / most, rows = (ws->R + chunks - 1) / chunks;
+    int64_t even = (rows + LOSS_ROWS_STEP - 1) / LOSS_ROWS_STEP * LOSS_ROWS_STEP;
+    return even <= most ? even : rows;
 }
 
 /* The sizes of a workspace without memory; false where they are impossible. */
