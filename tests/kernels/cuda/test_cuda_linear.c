@@ -1,0 +1,136 @@
+/* Linear layers on the GPU against the CPU: forward, both gradients, odd shapes and unaligned buffers, all types, the same bits
+ * twice. Refuses to measure tolerance by the result: it comes from the number of terms and the roundoff of the type. */
+#include "tests/support/twin.h"
+#include <math.h>
+
+typedef struct {
+    int64_t R, N, K;
+} shape;
+static const shape shapes[] = {{1, 1, 1}, {3, 5, 7}, {17, 33, 9}, {64, 64, 64}, {130, 72, 40}, {65, 257, 96}, {512, 768, 256}};
+enum { SHAPES = sizeof shapes / sizeof shapes[0], TYPES = 3 };
+static const cpl_dtype types[TYPES] = {CPL_F32, CPL_BF16, CPL_F16};
+
+/* One rounding to dt, and `terms` products of size about `scale` in f32 in another order. */
+static double tolerance(cpl_dtype dt, int64_t terms, double scale) {
+    return 2.5 * test_roundoff(dt) * scale * sqrt((double)terms) + 8 * 0x1p-24 * (double)terms * scale;
+}
+
+static void check_forward(cpl_dtype dt, shape s) {
+    size_t size = cpl_dtype_size(dt);
+    test_twin x = test_twin_act(dt, 1, s.R * s.K, 1.0f), w = test_twin_act(dt, 2, s.N * s.K, 0.5f);
+    test_twin bias = test_twin_act(dt, 3, s.N, 1.0f);
+    double most = tolerance(dt, s.K + 1, 1.0);
+    for (int kind = 0; kind < 4; kind++) {
+        test_twin y = test_twin_new((size_t)(s.R * s.N) * size), pre = test_twin_new((size_t)(s.R * s.N) * size);
+        bool gelu = kind >= 2, keeps = kind == 3;
+        for (int d = 0; d < 2; d++) {
+            assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], keeps ? pre.on[d] : NULL, x.on[d], w.on[d],
+                              kind == 0 ? NULL : bias.on[d], gelu ? CPL_ACT_GELU : CPL_ACT_NONE, s.R, s.N, s.K));
+        }
+        test_twin_close("y", dt, &y, s.R * s.N, 1.2 * most, 2 * test_roundoff(dt));
+        if (keeps) {
+            test_twin_close("pre", dt, &pre, s.R * s.N, most, 2 * test_roundoff(dt));
+            test_twin again = test_twin_new((size_t)(s.R * s.N) * size);
+            assert_ok(CPL_OPS(test_on[1], gelu_fwd, dt, again.on[1], pre.on[1], s.R * s.N));
+            void *a = test_twin_read(&again, 1), *b = test_twin_read(&y, 1);
+            test_same_bits("GELU computed again", a, b, again.bytes);
+            cpl_free(&a);
+            cpl_free(&b);
+            test_twin_free(&again);
+        }
+        test_twin_free(&y);
+        test_twin_free(&pre);
+    }
+    test_twin_free(&x);
+    test_twin_free(&w);
+    test_twin_free(&bias);
+}
+
+static void check_backward(cpl_dtype dt, shape s) {
+    size_t size = cpl_dtype_size(dt);
+    test_twin x = test_twin_act(dt, 4, s.R * s.K, 1.0f), w = test_twin_act(dt, 5, s.N * s.K, 0.5f);
+    test_twin dy = test_twin_act(dt, 6, s.R * s.N, 1.0f), pre = test_twin_act(dt, 7, s.R * s.K, 1.0f);
+    for (int with_pre = 0; with_pre < 2; with_pre++) {
+        test_twin dx = test_twin_new((size_t)(s.R * s.K) * size);
+        for (int d = 0; d < 2; d++) {
+            assert_ok(
+                CPL_OPS(test_on[d], linear_bwd_input, dt, dx.on[d], dy.on[d], w.on[d], with_pre ? pre.on[d] : NULL, s.R, s.N, s.K));
+        }
+        test_twin_close("dx", dt, &dx, s.R * s.K, 2 * tolerance(dt, s.N, 1.0), 4 * test_roundoff(dt));
+        test_twin_free(&dx);
+    }
+    test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K, 1.0f), db = test_twin_act(CPL_F32, 9, s.N, 1.0f);
+    for (int times = 0; times < 2; times++) { /* accumulates */
+        for (int d = 0; d < 2; d++) {
+            assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, dw.on[d], db.on[d], dy.on[d], x.on[d], s.R, s.N, s.K));
+        }
+    }
+    test_twin_close("dw", CPL_F32, &dw, s.N * s.K, tolerance(CPL_F32, 2 * s.R + 1, 2.0), 0);
+    test_twin_close("db", CPL_F32, &db, s.N, tolerance(CPL_F32, 2 * s.R + 1, 2.0), 0);
+    test_twin_free(&dw);
+    test_twin_free(&db);
+    test_twin_free(&x);
+    test_twin_free(&w);
+    test_twin_free(&dy);
+    test_twin_free(&pre);
+}
+
+static void test_the_gpu_agrees_with_the_cpu(void **state) {
+    for (int t = 0; t < TYPES; t++) {
+        for (int i = 0; i < SHAPES; i++) {
+            check_forward(types[t], shapes[i]);
+            check_backward(types[t], shapes[i]);
+        }
+    }
+}
+
+/* Flat buffers put a tensor of odd size before the next: only the element's own alignment holds. */
+static void test_unaligned_operands(void **state) {
+    for (int t = 0; t < TYPES; t++) {
+        cpl_dtype dt = types[t];
+        size_t size = cpl_dtype_size(dt);
+        shape s = {33, 40, 24};
+        test_twin x = test_twin_act(dt, 1, s.R * s.K + 1, 1.0f), w = test_twin_act(dt, 2, s.N * s.K + 1, 0.5f);
+        test_twin bias = test_twin_act(dt, 3, s.N + 1, 1.0f), y = test_twin_new((size_t)(s.R * s.N) * size);
+        test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K + 1, 1.0f), db = test_twin_act(CPL_F32, 9, s.N + 1, 1.0f);
+        for (int d = 0; d < 2; d++) {
+            assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], NULL, (char *)x.on[d] + size, (char *)w.on[d] + size,
+                              (char *)bias.on[d] + size, CPL_ACT_NONE, s.R, s.N, s.K));
+            assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, (float *)dw.on[d] + 1, (float *)db.on[d] + 1, y.on[d],
+                              (char *)x.on[d] + size, s.R, s.N, s.K));
+        }
+        test_twin_close("y", dt, &y, s.R * s.N, tolerance(dt, s.K + 1, 1.0), 2 * test_roundoff(dt));
+        test_twin_close("dw", CPL_F32, &dw, s.N * s.K + 1, 8 * tolerance(dt, s.R, 4.0), 0); /* from y, rounded on each side */
+        test_twin *all[] = {&x, &w, &bias, &y, &dw, &db};
+        for (int i = 0; i < 6; i++) {
+            test_twin_free(all[i]);
+        }
+    }
+}
+
+static void test_the_same_bits_twice(void **state) {
+    shape s = {1000, 768, 520};
+    test_twin x = test_twin_act(CPL_BF16, 1, s.R * s.K, 1.0f), dy = test_twin_act(CPL_BF16, 2, s.R * s.N, 1.0f);
+    void *bits[2];
+    for (int run = 0; run < 2; run++) {
+        test_twin dw = test_twin_zero((size_t)(s.N * s.K) * sizeof(float)), db = test_twin_zero((size_t)s.N * sizeof(float));
+        assert_ok(CPL_OPS(test_on[1], linear_bwd_weight, CPL_BF16, dw.on[1], db.on[1], dy.on[1], x.on[1], s.R, s.N, s.K));
+        bits[run] = test_twin_read(&dw, 1);
+        test_twin_free(&dw);
+        test_twin_free(&db);
+    }
+    test_same_bits("dw", bits[0], bits[1], (size_t)(s.N * s.K) * sizeof(float));
+    cpl_free(&bits[0]);
+    cpl_free(&bits[1]);
+    test_twin_free(&x);
+    test_twin_free(&dy);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_the_gpu_agrees_with_the_cpu),
+        cmocka_unit_test(test_unaligned_operands),
+        cmocka_unit_test(test_the_same_bits_twice),
+    };
+    return test_gpu_main(tests, sizeof tests / sizeof tests[0]);
+}
