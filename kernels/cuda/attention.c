@@ -1,12 +1,12 @@
 /* Causal self-attention on CUDA: which implementation a call gets.
  * Refuses a backward whose bits depend on scheduling.
  *
- * CUPEL_ATTENTION=own: our kernels. CUPEL_ATTENTION=cudnn: cuDNN, CPL_UNSUPPORTED where it has no plan for the shape and type.
- * Else, for each direction, type and shape at its first call: our kernels in f32, without cuDNN, or where cuDNN has no (for the
- * backward: no deterministic) plan; otherwise both run a few times on the buffers of that call, and cuDNN is taken where its median
- * is below 0.9 of ours. What was taken stays until the device closes. The two differ in roundoff, so a run that must repeat
- * another's bits on shapes where they are about equally fast fixes the choice by the environment. A shape first met while a graph
- * is recorded gets our kernels, since nothing can be timed then. */
+ * CUPEL_ATTENTION=own: our kernels. CUPEL_ATTENTION=cudnn: cuDNN, CPL_UNSUPPORTED where it has no plan for the shape and type or
+ * a buffer is not at a multiple of 16 bytes. Else, for each direction, type and shape at its first call: our kernels in f32, for
+ * such buffers, without cuDNN, or where cuDNN has no (for the backward: no deterministic) plan; otherwise both run a few times on
+ * the buffers of that call, and cuDNN is taken where its median is below 0.9 of ours. What was taken stays until the device closes.
+ * The two differ in roundoff, so a run that must repeat another's bits on shapes where they are about equally fast fixes the choice
+ * by the environment. A shape first met while a graph is recorded gets our kernels, since nothing can be timed then. */
 #include "kernels/cuda/attention.h"
 #include <stdlib.h>
 #include <string.h>
@@ -145,6 +145,17 @@ done:
     return st;
 }
 
+/* cuDNN's plans take buffers at multiples of 16 bytes. */
+static bool aligned(const cpl_attention_buffers *x) {
+    const void *const all[] = {x->qkv, x->out, x->lse, x->dout, x->dqkv};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        if ((uintptr_t)all[i] % 16 != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* *cudnn = what this call uses; plans and times where that is not known yet. */
 static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_direction direction, const cpl_attention_shape *s,
                          const cpl_attention_buffers *x, bool *cudnn) {
@@ -152,11 +163,13 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
     bool usable = false;
     double own_ms = 0, cudnn_ms = 0;
     *cudnn = false;
-    if (a->choice == OWN || (a->choice == AUTO && s->dt == CPL_F32)) {
+    if (a->choice == OWN || (a->choice == AUTO && (s->dt == CPL_F32 || !aligned(x)))) {
         return CPL_OK;
     }
     if (a->choice == CUDNN) {
-        CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
+        if (aligned(x)) {
+            CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
+        }
         if (!usable) {
             CPL_FAIL(CPL_UNSUPPORTED, "attention: cuDNN has no %s for %s [B=%lld, T=%lld, H=%lld, D=%lld] here",
                      direction == CPL_ATTENTION_FWD ? "forward" : "deterministic backward", cpl_dtype_name(s->dt), (long long)s->B,
@@ -173,7 +186,10 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
     CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
     if (usable) {
         CPL_TRY(timed(dev, a, false, direction, s, x, &own_ms));
-        CPL_TRY(timed(dev, a, true, direction, s, x, &cudnn_ms));
+        usable = timed(dev, a, true, direction, s, x, &cudnn_ms) == CPL_OK;
+        if (!usable) { /* it has a plan and fails all the same, or its workspace does not fit */
+            cpl_status_clear();
+        }
     }
     *cudnn = usable && cudnn_ms < CUDNN_WINS_BELOW * own_ms;
     CPL_TRY(keep(a, direction, s, *cudnn));
