@@ -9,7 +9,8 @@
  * blocks than a kernel that adds dq in memory. With "own" and "other" the two are one kernel: own rows     other rows   s = own1
  * other1^T    t = own2 other2^T dq      q, dout      k, v         p = 2^(s - lse)      ds = p (t - delta)      dq = ds k / sqrt(D)
  *   dk, dv  k, v         q, dout      p^T                  ds^T                    dk = ds^T q / sqrt(D), dv = p^T dout
- * Pairs in the future get p = ds = 0 by selection, so that an inf or NaN there stays out; one in the past goes through. */
+ * Pairs in the future get p = ds = 0 by selection, whatever their scores are; an inf or NaN of a pair in the past goes through. One
+ * in dout reaches, as 0 times inf, also the dv of the keys after it in its tile. */
 
 /* delta [B,H,T] = sum over D of dout * out.   dout, out [B,T,C] act; eight lanes a row. */
 template <typename T>

@@ -124,11 +124,12 @@ static void compare_backward(const char *what, const buffers *x) {
 
 static int compared[IMPLEMENTATIONS][2];
 
-static void check(problem s) {
+/* tried: 1, ours; 2, cuDNN too, whose plans take a good part of a second each. */
+static void check(problem s, int tried) {
     buffers x = buffers_of(s);
     assert_ok(forward(test_on[0], &x, 0));
     assert_ok(backward(test_on[0], &x, 0));
-    for (int i = 0; i < IMPLEMENTATIONS; i++) {
+    for (int i = 0; i < tried; i++) {
         char what[128];
         snprintf(what, sizeof what, "%s %s B=%d T=%d H=%d D=%d", implementations[i], cpl_dtype_name(s.dt), (int)s.B, (int)s.T,
                  (int)s.H, (int)s.D);
@@ -164,11 +165,13 @@ static void check_all(cpl_dtype dt) {
     for (size_t d = 0; d < sizeof heads / sizeof heads[0]; d++) {
         for (size_t t = 0; t < sizeof tokens / sizeof tokens[0]; t++) {
             bool large = tokens[t] > 257;
-            check((problem){.dt = dt, .B = large ? 1 : 3, .T = tokens[t], .H = large ? 2 : 5, .D = heads[d]});
+            bool cudnn = heads[d] % 64 == 0 && (tokens[t] == 65 || tokens[t] == 257 || large);
+            check((problem){.dt = dt, .B = large ? 1 : 3, .T = tokens[t], .H = large ? 2 : 5, .D = heads[d]},
+                  cudnn || (heads[d] == 80 && tokens[t] == 128) ? 2 : 1);
         }
     }
-    print_message("%s: cuDNN did %d forwards and %d backwards of %d\n", cpl_dtype_name(dt), compared[1][0], compared[1][1],
-                  compared[0][0]);
+    print_message("%s: %d shapes; cuDNN: %d forwards, %d backwards\n", cpl_dtype_name(dt), compared[0][0], compared[1][0],
+                  compared[1][1]);
 }
 static void test_attention_f32_agrees_with_the_cpu(void **state) {
     check_all(CPL_F32);
@@ -181,9 +184,9 @@ static void test_attention_f16_agrees_with_the_cpu(void **state) {
 }
 static void test_attention_of_wide_heads_agrees_with_the_cpu(void **state) {
     for (int dt = CPL_F32; dt <= CPL_F16; dt++) {
-        check((problem){.dt = dt, .B = 1, .T = 65, .H = 3, .D = 131});
-        check((problem){.dt = dt, .B = 2, .T = 100, .H = 1, .D = 256});
-        check((problem){.dt = dt, .B = 2, .T = 70, .H = 3, .D = 88});
+        check((problem){.dt = dt, .B = 1, .T = 65, .H = 3, .D = 131}, 1);
+        check((problem){.dt = dt, .B = 2, .T = 100, .H = 1, .D = 256}, 1);
+        check((problem){.dt = dt, .B = 2, .T = 70, .H = 3, .D = 88}, 1);
     }
 }
 
