@@ -113,6 +113,32 @@ __global__ void __launch_bounds__(TILE_THREADS)
     }
 }
 
+/* pair_gradient of a warp's 16 x 8 NT pairs. Rows `row`, row + 8 of this lane; columns from `column`. Queries are the rows, with
+ * shift and centre, or (KEYS) the columns, with lse and delta in shared memory. ALL: none is in the future or past the last token.
+ */
+template <bool KEYS, bool ALL, int NT>
+__device__ __forceinline__ void warp_gradient(float (&s)[NT][4], float (&t)[NT][4], float scale2, const float (&shift)[2],
+                                              const float (&centre)[2], const float *lse, const float *delta, int row, int column,
+                                              int tokens) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float2 l = make_float2(0.0f, 0.0f), d = l;
+        if (KEYS) {
+            l = *reinterpret_cast<const float2 *>(lse + 8 * n);
+            d = *reinterpret_cast<const float2 *>(delta + 8 * n);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int r = row + e / 2 * 8, c = column + 8 * n + e % 2, query = KEYS ? c : r;
+            bool seen = ALL || ((KEYS ? r : c) <= query && query < tokens);
+            float high = KEYS ? LOG2_E * (e % 2 == 0 ? l.x : l.y) : shift[e / 2];
+            float middle = KEYS ? (e % 2 == 0 ? d.x : d.y) : centre[e / 2];
+            s[n][e] = seen ? exp2_fast(fmaf(s[n][e], scale2, -high)) : 0.0f;
+            t[n][e] = seen ? s[n][e] * (t[n][e] - middle) : 0.0f;
+        }
+    }
+}
+
 /* A block: 4 warps of 16 own rows of a head; other rows in two stages of BN.
  * Shared: own1, own2 [64, HD], 2 x (other1, other2) [BN, HD], and for KEYS 2 x (lse, delta) [BN] f32. */
 template <typename T, int HD, int BN, bool KEEP, bool KEYS>
@@ -162,7 +188,7 @@ __global__ void __launch_bounds__(MMA_THREADS, HD <= 64 ? 3 : 2)
     copies_end();
     for (int step = 0; step < steps; step++) {
         const T *other1 = others + step % 2 * 2 * BN * LD, *other2 = other1 + BN * LD;
-        const float *row_lse = rows + step % 2 * 2 * BN, *row_delta = row_lse + BN;
+        const float *row_lse = rows + step % 2 * 2 * BN + lane % 4 * 2, *row_delta = row_lse + BN;
         int c0 = begin + step * BN;
         if (step + 1 < steps) {
             load_stage(step + 1);
@@ -178,15 +204,11 @@ __global__ void __launch_bounds__(MMA_THREADS, HD <= 64 ? 3 : 2)
             float s[1][NT][4], t[1][NT][4];
             mma_dots<T, 1, NT, HD, KEEP>(s, left1, other1, lane);
             mma_dots<T, 1, NT, HD, KEEP>(t, left2, other2, lane);
-            bool all = KEYS ? c0 >= last && c0 + BN <= tokens : c0 + BN - 1 <= first && last < tokens;
-#pragma unroll
-            for (int i = 0; i < NT * 4; i++) {
-                int n = i / 4, e = i % 4, column = c0 + 8 * n + lane % 4 * 2 + e % 2, row = first + lane / 4 + e / 2 * 8;
-                int query = KEYS ? column : row;
-                bool seen = all || ((KEYS ? row : column) <= query && query < tokens);
-                float l = KEYS ? LOG2_E * row_lse[column - c0] : shift[e / 2], c = KEYS ? row_delta[column - c0] : centre[e / 2];
-                s[0][n][e] = seen ? exp2_fast(fmaf(s[0][n][e], scale2, -l)) : 0.0f;
-                t[0][n][e] = seen ? s[0][n][e] * (t[0][n][e] - c) : 0.0f;
+            int row = first + lane / 4, column = c0 + lane % 4 * 2;
+            if (KEYS ? c0 >= last && c0 + BN <= tokens : c0 + BN - 1 <= first && last < tokens) {
+                warp_gradient<KEYS, true, NT>(s[0], t[0], scale2, shift, centre, row_lse, row_delta, row, column, tokens);
+            } else {
+                warp_gradient<KEYS, false, NT>(s[0], t[0], scale2, shift, centre, row_lse, row_delta, row, column, tokens);
             }
             if constexpr (KEYS) {
                 mma_accumulate<T, 1, NT, HD>(acc2, s, other2, lane);
@@ -240,7 +262,7 @@ template <typename T> static bool backward_tensor_cores(const backward &w) {
     }
     if (D <= 32) {
         launch_mma<T, 32, 64, true, false>(w);
-        launch_mma<T, 32, 64, true, true>(w);
+        launch_mma<T, 32, 32, true, true>(w);
     } else if (D <= 64) {
         launch_mma<T, 64, 64, true, false>(w);
         launch_mma<T, 64, 32, true, true>(w);
