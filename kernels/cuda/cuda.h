@@ -33,7 +33,7 @@ typedef struct {
 } cpl_cuda_table;
 
 typedef struct cpl_cuda_linear cpl_cuda_linear;       /* cuBLASLt and what it has timed: kernels/cuda/linear.c */
-typedef struct cpl_cuda_attention cpl_cuda_attention; /* cuDNN's plans: kernels/cuda/attention_cudnn.c */
+typedef struct cpl_cuda_attention cpl_cuda_attention; /* choices and plans: kernels/cuda/attention.c */
 
 typedef struct {
     cpl_backend_device shared;         /* first: kernels/device.c casts impl to it */
@@ -50,7 +50,7 @@ typedef struct {
     int tables;
     cudaEvent_t mark[CPL_MARKS];
     cpl_cuda_linear *linear;       /* owned */
-    cpl_cuda_attention *attention; /* owned, or NULL: not asked yet, or no cuDNN */
+    cpl_cuda_attention *attention; /* owned, or NULL: not asked yet */
 } cpl_cuda;
 
 static inline cpl_cuda *cpl_cuda_of(const cpl_device *dev) {

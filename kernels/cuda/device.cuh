@@ -19,14 +19,26 @@ template <typename F> static inline void cpl_dispatch(cpl_dtype dt, F f) {
     }
 }
 
-__device__ __forceinline__ float to_f32(float x) { return x; }
-__device__ __forceinline__ float to_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_f32(float x) {
+    return x;
+}
+__device__ __forceinline__ float to_f32(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_f32(__half x) {
+    return __half2float(x);
+}
 /* Nearest even; f16 overflows to inf. */
 template <typename T> __device__ __forceinline__ T from_f32(float x);
-template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-template <> __device__ __forceinline__ __half from_f32<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ float from_f32<float>(float x) {
+    return x;
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ __half from_f32<__half>(float x) {
+    return __float2half_rn(x);
+}
 
 /* N elements of T, loaded and stored at once. */
 template <typename T, int N> struct alignas(sizeof(T) * N) packed {
@@ -43,7 +55,9 @@ template <typename T, int N> __device__ __forceinline__ void store(T *p, const p
     *reinterpret_cast<packed<T, N> *>(p) = x;
 }
 /* Whether 16-byte accesses may be used: all pointers aligned and the row length a multiple. */
-template <typename... P> static inline bool aligned16(P... p) { return (((uintptr_t)p % 16 == 0) && ...); }
+template <typename... P> static inline bool aligned16(P... p) {
+    return (((uintptr_t)p % 16 == 0) && ...);
+}
 
 /* Sum or maximum over the 32 lanes, in every lane; a butterfly, so always the same order. */
 template <typename T> __device__ __forceinline__ T warp_sum(T x) {
@@ -88,7 +102,9 @@ __device__ __forceinline__ float block_max(float x, float *shared) {
     return x;
 }
 
-static inline int64_t cpl_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t cpl_ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 /* Blocks for a loop over n items with a grid stride, at most `waves` full waves of `per_sm` blocks. */
 static inline int grid_for(const cpl_device *dev, int64_t items, int64_t per_block, int per_sm) {
     int64_t blocks = cpl_ceil_div(items, per_block), most = (int64_t)cpl_cuda_of(dev)->sm_count * per_sm;

@@ -1,0 +1,57 @@
+/* Squared distance of two hidden states and its gradient. Source: Romero et al. 2015 (FitNets), arXiv:1412.6550.
+ * Refuses to lose a small difference: a - b is taken in f32 of the stored values, its square and sums in f64. */
+#include "kernels/cuda/device.cuh"
+
+enum { THREADS = 256, LANES = 512 };
+
+template <typename T>
+__global__ void mse_kernel(double *partial, T *grad, const T *a, const T *b, const cpl_step_state *state, float coefficient,
+                           int64_t n) {
+    __shared__ double shared[32];
+    int64_t first = blockIdx.x * (int64_t)CPL_SUM_CHUNK, last = first + CPL_SUM_CHUNK < n ? first + CPL_SUM_CHUNK : n;
+    float factor = state != nullptr ? state->loss_scale * (2.0f * coefficient) : 0.0f;
+    double sum = 0;
+    for (int64_t i = first + threadIdx.x; i < last; i += THREADS) {
+        float diff = to_f32(a[i]) - to_f32(b[i]);
+        sum = fma((double)diff, (double)diff, sum);
+        if (state != nullptr) {
+            grad[i] = from_f32<T>(to_f32(grad[i]) + factor * diff);
+        }
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = sum;
+    }
+}
+
+__global__ void mse_total_kernel(double *sum, const double *partial, float coefficient, int64_t chunks) {
+    __shared__ double shared[32];
+    double own = 0;
+    for (int64_t i = threadIdx.x; i < chunks; i += LANES) {
+        own += partial[i];
+    }
+    own = block_sum(own, shared);
+    if (threadIdx.x == 0) {
+        *sum += (double)coefficient * own;
+    }
+}
+
+extern "C" cpl_status CPL_CUDA(mse)(cpl_device *dev, cpl_dtype dt, double *sum, void *grad, const void *a, const void *b,
+                                    const cpl_step_state *state, float coefficient, int64_t n) {
+    double *partial = NULL;
+    int64_t chunks = cpl_ceil_div(n, CPL_SUM_CHUNK);
+    if (n == 0) {
+        return CPL_OK;
+    }
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, (size_t)chunks * sizeof *partial, &partial);
+    if (st != CPL_OK) {
+        return st;
+    }
+    cpl_dispatch(dt, [&](auto zero) {
+        using T = decltype(zero);
+        mse_kernel<T><<<(unsigned)chunks, THREADS, 0, cpl_cuda_stream(dev)>>>(partial, (T *)grad, (const T *)a, (const T *)b, state,
+                                                                              coefficient, n);
+    });
+    mse_total_kernel<<<1, LANES, 0, cpl_cuda_stream(dev)>>>(sum, partial, coefficient, chunks);
+    return cpl_cuda_launched(dev, "mse");
+}
