@@ -75,12 +75,12 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, c
     cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = pre};
     cpl_product_plan *plan = NULL, *fused = NULL;
     double ms = 0, fused_ms = 0;
-    bool is_fused = true;
+    bool is_fused = pre == NULL;
     if (R == 0 || K == 0) {
         return CPL_OK;
     }
     CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &plan, &ms));
-    if (pre != NULL) {
+    if (pre != NULL && dt != CPL_F32) { /* its tanh has 11 bits */
         separate s = {.dev = dev, .dt = dt, .to = dx, .from = pre, .R = R, .N = K};
         product.after = CPL_AFTER_GELU_GRAD;
         CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &fused, &fused_ms));

@@ -56,7 +56,7 @@ static cublasLtEpilogue_t epilogue_of(const cpl_product *p) {
 
 static cpl_status point(cpl_product_plan *plan, const cpl_product_data *data) {
     cpl_status st = CPL_OK;
-    if (data->vector != NULL) {
+    if (data->vector != NULL && (plan->product.after == CPL_AFTER_BIAS || plan->product.after == CPL_AFTER_BIAS_GRAD)) {
         CPL_LT("bias of a product",
                cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &data->vector, sizeof data->vector));
     }
