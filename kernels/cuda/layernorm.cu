@@ -117,7 +117,8 @@ static bool forward_kept(cpl_device *dev, T *sum, T *y, float *mean, float *rstd
     }
     CPL_KEPT(1)
     CPL_KEPT(2)
-    CPL_KEPT(3) CPL_KEPT(4) CPL_KEPT(6) CPL_KEPT(8) CPL_KEPT(12)
+    CPL_KEPT(3)
+    CPL_KEPT(4) CPL_KEPT(6) CPL_KEPT(8) CPL_KEPT(12)
 #undef CPL_KEPT
         return false;
 }
@@ -306,7 +307,8 @@ static bool backward_kept(cpl_device *dev, int pieces, T *dx, float *partial, co
     }
     CPL_KEPT(1)
     CPL_KEPT(2)
-    CPL_KEPT(3) CPL_KEPT(4) CPL_KEPT(6)
+    CPL_KEPT(3)
+    CPL_KEPT(4) CPL_KEPT(6)
 #undef CPL_KEPT
         return false;
 }

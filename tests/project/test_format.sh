@@ -8,7 +8,7 @@ cp "$CUPEL_SOURCE/.clang-format" .
 printf 'int  main( void ){return 0;}\n' >planted.c
 if clang-format-14 --dry-run -Werror planted.c 2>/dev/null; then fail "a badly formatted file was not seen"; fi
 cd "$CUPEL_SOURCE"
-mapfile -d '' sources < <(find io kernels comm jobs tests -name '*.[ch]' -print0)
+mapfile -d '' sources < <(find io kernels comm jobs tests \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print0)
 ((${#sources[@]} > 0)) || fail "no sources"
 clang-format-14 --dry-run -Werror "${sources[@]}" || fail "run: clang-format-14 -i FILE"
 echo "${#sources[@]} files are formatted"
