@@ -111,16 +111,21 @@ static bool forward_kept(cpl_device *dev, T *sum, T *y, float *mean, float *rstd
     }
     int64_t each = cpl_ceil_div(C / N, 32);
 #define CPL_KEPT(kept)                                                                                                             \
-    if (each <= (kept)) {                                                                                                          \
-        forward_kernel<T, N, kept><<<blocks, FORWARD_THREADS, 0, stream>>>(sum, y, mean, rstd, x, delta, g, b, R, (int)C);         \
-        return true;                                                                                                               \
-    }
-    CPL_KEPT(1)
-    CPL_KEPT(2)
-    CPL_KEPT(3)
-    CPL_KEPT(4) CPL_KEPT(6) CPL_KEPT(8) CPL_KEPT(12)
+    do {                                                                                                                           \
+        if (each <= (kept)) {                                                                                                      \
+            forward_kernel<T, N, kept><<<blocks, FORWARD_THREADS, 0, stream>>>(sum, y, mean, rstd, x, delta, g, b, R, (int)C);     \
+            return true;                                                                                                           \
+        }                                                                                                                          \
+    } while (0)
+    CPL_KEPT(1);
+    CPL_KEPT(2);
+    CPL_KEPT(3);
+    CPL_KEPT(4);
+    CPL_KEPT(6);
+    CPL_KEPT(8);
+    CPL_KEPT(12);
 #undef CPL_KEPT
-        return false;
+    return false;
 }
 
 extern "C" cpl_status CPL_CUDA(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, void *sum, void *y, float *mean, float *rstd,
@@ -300,17 +305,20 @@ static bool backward_kept(cpl_device *dev, int pieces, T *dx, float *partial, co
     int64_t each = cpl_ceil_div(C / N, 32);
     size_t shared = 2 * (size_t)C * sizeof(float);
 #define CPL_KEPT(kept)                                                                                                             \
-    if (each <= (kept)) {                                                                                                          \
-        backward_kernel<T, N, kept>                                                                                                \
-            <<<pieces, BACKWARD_THREADS, shared, stream>>>(dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);                    \
-        return true;                                                                                                               \
-    }
-    CPL_KEPT(1)
-    CPL_KEPT(2)
-    CPL_KEPT(3)
-    CPL_KEPT(4) CPL_KEPT(6)
+    do {                                                                                                                           \
+        if (each <= (kept)) {                                                                                                      \
+            backward_kernel<T, N, kept>                                                                                            \
+                <<<pieces, BACKWARD_THREADS, shared, stream>>>(dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);                \
+            return true;                                                                                                           \
+        }                                                                                                                          \
+    } while (0)
+    CPL_KEPT(1);
+    CPL_KEPT(2);
+    CPL_KEPT(3);
+    CPL_KEPT(4);
+    CPL_KEPT(6);
 #undef CPL_KEPT
-        return false;
+    return false;
 }
 
 extern "C" cpl_status CPL_CUDA(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, void *dx, float *dg, float *db, const void *dy,
