@@ -15,7 +15,7 @@ typedef struct {
     cpl_prune_report *report;   /* borrowed */
     float *w;                   /* owned, device [n] */
     uint8_t *mask;              /* owned, device [n] */
-    int64_t *counts, *scratch;  /* owned, device [BINS], [2]: NaNs; ties left */
+    int64_t *counts, *scratch;  /* owned, device [BINS], [2]: NaN; ties left */
 } selection;
 
 /* This rank's part of tensor p, relative to the shard. */
@@ -26,30 +26,68 @@ static int64_t part_of(const selection *s, const cpl_param *p, int64_t *from) {
     return last > first ? last - first : 0;
 }
 
-/* Counts of the population tensors [first, last) with this prefix, summed over ranks in `global`, of this rank in `local`. */
+/* The next stretch of this rank's shard that is population without a gap, from tensor *i on; returns its length and moves *i behind
+ * it, 0 where there is none before tensor `last`. One operation over a stretch costs less than one a tensor. */
+static int64_t next_stretch(const selection *s, int64_t *i, int64_t last, int64_t *from) {
+    int64_t length = 0;
+    for (; *i < last; (*i)++) {
+        const cpl_param *p = &s->layout->param[*i];
+        int64_t at, n = part_of(s, p, &at);
+        if (length > 0 && (n == 0 || !cpl_prune_includes(s->o, p) || at != *from + length)) {
+            break;
+        }
+        if (n > 0 && cpl_prune_includes(s->o, p)) {
+            *from = length > 0 ? *from : at;
+            length += n;
+        }
+    }
+    return length;
+}
+
+/* Fails with the name of the first tensor that holds a NaN; one of [first, last) does. counts: overwritten. */
+static cpl_status name_nan(selection *s, int64_t first, int64_t last) {
+    cpl_status st = CPL_OK;
+    for (int64_t i = first; i < last; i++) {
+        int64_t from, nans = 0, n = part_of(s, &s->layout->param[i], &from);
+        if (n == 0 || !cpl_prune_includes(s->o, &s->layout->param[i])) {
+            continue;
+        }
+        CPL_TRY(CPL_OPS(s->dev, zero, s->scratch, sizeof nans));
+        CPL_TRY(CPL_OPS(s->dev, select_histogram, s->counts, s->scratch, s->w + from, n, 0, 0, pass_bits[0]));
+        CPL_TRY(CPL_OPS(s->dev, download, &nans, s->scratch, sizeof nans));
+        if (nans > 0) {
+            CPL_FAIL(CPL_NUMERIC, "prune: %s holds %lld NaN", s->layout->param[i].name, (long long)nans);
+        }
+    }
+done:
+    return st;
+}
+
+/* This rank's counts of the population tensors [first, last) with this prefix. */
+static cpl_status count(selection *s, int64_t first, int64_t last, uint32_t prefix, int prefix_bits, int bits, int64_t *local) {
+    cpl_status st = CPL_OK;
+    size_t bytes = sizeof(int64_t) << bits;
+    int64_t from = 0, n, nans = 0;
+    CPL_TRY(CPL_OPS(s->dev, zero, s->counts, bytes));
+    CPL_TRY(CPL_OPS(s->dev, zero, s->scratch, sizeof nans));
+    for (int64_t i = first; (n = next_stretch(s, &i, last, &from)) > 0;) {
+        CPL_TRY(CPL_OPS(s->dev, select_histogram, s->counts, s->scratch, s->w + from, n, prefix, prefix_bits, bits));
+    }
+    CPL_TRY(CPL_OPS(s->dev, download, local, s->counts, bytes));
+    if (prefix_bits == 0) {
+        CPL_TRY(CPL_OPS(s->dev, download, &nans, s->scratch, sizeof nans));
+        CPL_TRY(nans > 0 ? name_nan(s, first, last) : CPL_OK);
+    }
+done:
+    return st;
+}
+
+/* The same, and summed over ranks in `global`. */
 static cpl_status histogram(selection *s, int64_t first, int64_t last, uint32_t prefix, int prefix_bits, int bits, int64_t *local,
                             int64_t *global) {
     cpl_status st = CPL_OK;
-    size_t bytes = sizeof(int64_t) << bits;
-    cpl_status mine = CPL_OPS(s->dev, zero, s->counts, bytes);
-    for (int64_t i = first; i < last && mine == CPL_OK; i++) {
-        int64_t from, n = part_of(s, &s->layout->param[i], &from);
-        if (n > 0 && cpl_prune_includes(s->o, &s->layout->param[i])) {
-            int64_t nans = 0;
-            mine = CPL_OPS(s->dev, zero, s->scratch, sizeof nans);
-            mine = mine == CPL_OK
-                       ? CPL_OPS(s->dev, select_histogram, s->counts, s->scratch, s->w + from, n, prefix, prefix_bits, bits)
-                       : mine;
-            mine = mine == CPL_OK && prefix_bits == 0 ? CPL_OPS(s->dev, download, &nans, s->scratch, sizeof nans) : mine;
-            if (mine == CPL_OK && nans > 0) {
-                mine = cpl_fail(CPL_NUMERIC, __FILE__, __LINE__, "prune: %s holds %lld NaN", s->layout->param[i].name,
-                                (long long)nans);
-            }
-        }
-    }
-    mine = mine == CPL_OK ? CPL_OPS(s->dev, download, local, s->counts, bytes) : mine;
-    CPL_TRY(cpl_agree(s->comm, mine));
-    memcpy(global, local, bytes);
+    CPL_TRY(cpl_agree(s->comm, count(s, first, last, prefix, prefix_bits, bits, local)));
+    memcpy(global, local, sizeof(int64_t) << bits);
     CPL_TRY(cpl_comm_allreduce_i64(s->comm, global, (size_t)1 << bits, CPL_SUM));
 done:
     return st;
@@ -57,12 +95,10 @@ done:
 
 static cpl_status fill_mask(selection *s, int64_t first, int64_t last, uint32_t key, int64_t ties) {
     cpl_status st = CPL_OK;
+    int64_t from = 0, n;
     CPL_TRY(CPL_OPS(s->dev, upload, s->scratch + 1, &ties, sizeof ties));
-    for (int64_t i = first; i < last; i++) {
-        int64_t from, n = part_of(s, &s->layout->param[i], &from);
-        if (n > 0 && cpl_prune_includes(s->o, &s->layout->param[i])) {
-            CPL_TRY(CPL_OPS(s->dev, select_mask, s->mask + from, s->w + from, n, key, s->scratch + 1));
-        }
+    for (int64_t i = first; (n = next_stretch(s, &i, last, &from)) > 0;) {
+        CPL_TRY(CPL_OPS(s->dev, select_mask, s->mask + from, s->w + from, n, key, s->scratch + 1));
     }
 done:
     return st;
