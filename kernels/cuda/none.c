@@ -3,7 +3,8 @@
 #include "kernels/backend.h"
 
 static cpl_status open_nothing(cpl_device *dev, int local_rank, int threads) {
-    return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__, "back end 'cuda' is not in this build: use cpu or auto");
+    return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__,
+                    "back end 'cuda' is not in this build (cmake --preset cuda makes one that has it): use cpu or auto");
 }
 
 static void about(void (*line)(const char *key, const char *value, void *to), void *to) {
