@@ -106,7 +106,7 @@ static int64_t default_loss_rows(const cpl_workspace *ws) {
     }
     int64_t most = (int64_t)(limit / ((size_t)ws->layout->shape.vocab * element));
     most = most < 1 ? 1 : most < ws->R ? most : ws->R;
-    int64_t chunks = (ws->R + most - 1) / most, rows = (ws->R + chunks - 1) / chunks;
+    int64_t chunks = (ws->R - 1) / most + 1, rows = (ws->R - 1) / chunks + 1;
     int64_t even = (rows + LOSS_ROWS_STEP - 1) / LOSS_ROWS_STEP * LOSS_ROWS_STEP;
     return even <= most ? even : rows;
 }

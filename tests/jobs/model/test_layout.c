@@ -245,15 +245,22 @@ static void test_workspace_recomputation_and_inference_take_less(void **state) {
     cpl_layout_destroy(&l);
 }
 
-static void test_workspace_logits_stay_under_64_mebibytes(void **state) {
-    (void)state;
-    cpl_device *dev = rig_device(1);
-    cpl_layout *l = layout_of((cpl_model_shape){.layers = 1, .heads = 1, .width = 2, .context = 600, .vocab = 60000});
+static void check_loss_rows(cpl_device *dev, cpl_model_shape shape, int64_t B, int64_t rows) {
+    cpl_layout *l = layout_of(shape);
     cpl_workspace *ws = NULL;
-    assert_ok(cpl_workspace_create(&ws, dev, l, CPL_F32, 1, false, CPL_RECOMPUTE_NONE, 0));
-    assert_int_equal(cpl_workspace_loss_rows(ws), 256); /* 279 rows fit */
+    assert_ok(cpl_workspace_create(&ws, dev, l, CPL_F32, B, false, CPL_RECOMPUTE_NONE, 0));
+    assert_int_equal(cpl_workspace_loss_rows(ws), rows);
     cpl_workspace_destroy(&ws);
     cpl_layout_destroy(&l);
+}
+
+static void test_workspace_logits_take_64_mebibytes_or_as_much_as_a_block(void **state) {
+    (void)state;
+    cpl_device *dev = rig_device(1);
+    /* 279 rows fit: 600 in 3 chunks of 200, rounded up to 256. */
+    check_loss_rows(dev, (cpl_model_shape){.layers = 1, .heads = 1, .width = 2, .context = 600, .vocab = 60000}, 1, 256);
+    /* 16 buffers of [4096,512] are 128 MiB, of which 1677 rows fit: 4096 in 3 chunks of 1366, rounded up to 1408. */
+    check_loss_rows(dev, (cpl_model_shape){.layers = 1, .heads = 8, .width = 512, .context = 512, .vocab = 20000}, 8, 1408);
     cpl_device_destroy(&dev);
 }
 
@@ -286,7 +293,7 @@ int main(void) {
         cmocka_unit_test(test_initialize_depends_on_seed_tensor_and_index_alone),
         cmocka_unit_test(test_workspace_takes_exactly_the_bytes_it_announces),
         cmocka_unit_test(test_workspace_recomputation_and_inference_take_less),
-        cmocka_unit_test(test_workspace_logits_stay_under_64_mebibytes),
+        cmocka_unit_test(test_workspace_logits_take_64_mebibytes_or_as_much_as_a_block),
         cmocka_unit_test(test_workspace_sizes_that_overflow_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
