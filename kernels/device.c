@@ -128,6 +128,10 @@ void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak) {
     *peak = shared_of(dev)->peak;
 }
 
+void cpl_device_peak_restart(cpl_device *dev) {
+    shared_of(dev)->peak = shared_of(dev)->held;
+}
+
 cpl_status cpl_device_host_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what) {
     const cpl_backend *backend = shared_of(dev)->backend;
     void *memory = NULL;

@@ -94,8 +94,9 @@ void cpl_device_destroy(cpl_device **dev);
  */
 cpl_status cpl_device_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what);
 void cpl_device_free(cpl_device *dev, void *pointer); /* pointer: a T **, set to NULL */
-/* Bytes of device memory held now and at the most since creation. */
+/* Bytes of device memory held now, and at the most since creation or the last restart. */
 void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak);
+void cpl_device_peak_restart(cpl_device *dev); /* the peak is what is held now */
 int cpl_device_threads(const cpl_device *dev);
 
 /* Host memory for feed and fetch: page-locked where that lets copies run beside the host. Zeroed. Errors: CPL_NO_MEMORY. */

@@ -337,6 +337,7 @@ static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
         local = make_folder(s->folder);
     }
     CPL_TRY(cpl_agree(ctx->world, local));
+    cpl_device_peak_restart(ctx->dev);
     CPL_TRY(s->kind->run(ctx, s, rec));
     if (is_root(ctx)) {
         local = write_record(ctx, s, rec, started, cpl_now() - start);

@@ -10,7 +10,7 @@ tiny_study job.yaml
 # planned STAGE FILE: the last column of the last table that has the stage: bytes of device memory.
 planned() { awk -v stage="$1" '$1 == stage { v = $NF } END { print v }' "$2"; }
 
-# peak LABEL RANKS STAGE OPTION...: what plan says of STAGE beside the peak of a run that has only this stage left.
+# peak LABEL RANKS STAGE OPTION...: what plan says of STAGE beside the peak of a run into folder LABEL.
 peak() {
     local label=$1 n=$2 stage=$3 expected measured
     shift 3
@@ -23,7 +23,7 @@ peak() {
         fail "$label: planned $expected bytes, measured $measured"
 }
 
-# One stage at a time, so that the peak is this stage's: what came before is done in a process of its own.
+# One stage at a time: what came before is done in a process of its own.
 tiny_job job.yaml
 peak fp16 1 teacher
 peak fp32 1 teacher --set teacher.precision=fp32
@@ -38,6 +38,9 @@ cat >>job.yaml <<'YAML'
   - prune: {name: pruned, model: teacher, sparsity: 0.5, finetune_steps: 3, micro_batch: 2, global_batch: 16, lr: 1e-4, warmup: 0}
 YAML
 peak fp16 2 pruned
+# All in one process: a stage's peak is its own, and not that of the larger one before it.
+peak whole-student 1 student --set student.steps=3 --set teacher.layers=4
+peak whole-pruned 1 pruned --set pruned.finetune_steps=2 --set pruned.micro_batch=1 --set pruned.recompute=block
 
 # What is done, what is left, and that nothing is made or changed.
 tiny_study job.yaml

@@ -61,6 +61,12 @@ static void test_memory_is_counted_zeroed_and_aligned(void **state) {
     cpl_device_memory(dev, &held, &peak);
     assert_int_equal(held, 8 * 2550);
     assert_int_equal(peak, 8 * 5050);
+    cpl_device_peak_restart(dev);
+    assert_ok(cpl_device_alloc(dev, &blocks[0], 1, 8, "block"));
+    cpl_device_free(dev, &blocks[0]);
+    cpl_device_memory(dev, &held, &peak);
+    assert_int_equal(held, 8 * 2550);
+    assert_int_equal(peak, 8 * 2551);
     cpl_device_destroy(&dev); /* frees the other half: the leak checker of the sanitized build sees to it */
 }
 
