@@ -1,8 +1,10 @@
-/* Stage distill: a smaller model trained on a larger one's predictions (Hinton et al. 2015, arXiv:1503.02531).
+/* Stage distill: a smaller model trained on a larger one's predictions (Hinton et al. 2015, arXiv:1503.02531) and hidden states.
  * Refuses a teacher of another vocabulary, and students that cannot be made of it. */
 #include "jobs/training_stage.h"
 #include <stdio.h>
 #include <string.h>
+
+static const double least_hidden_weight = 1e-9; /* divided by any count of states it stays a number of f32 */
 
 static cpl_status check(const cpl_stage *stage) {
     const cpl_distill_options *o = stage->options;
@@ -19,6 +21,9 @@ static cpl_status check(const cpl_stage *stage) {
     }
     if (o->teacher_layers.count > 0 && o->layers != 0 && o->layers != (int64_t)o->teacher_layers.count) {
         return cpl_stage_fail(stage, "layers", "%lld, but teacher_layers names %zu", (long long)o->layers, o->teacher_layers.count);
+    }
+    if (o->hidden_weight > 0 && o->hidden_weight < least_hidden_weight) {
+        return cpl_stage_fail(stage, "hidden_weight", "expected 0 or at least %g, got %g", least_hidden_weight, o->hidden_weight);
     }
     if (o->divergence == CPL_KD_JSD && (o->beta <= 0 || o->beta >= 1)) {
         return cpl_stage_fail(stage, "beta", "expected a number strictly between 0 and 1 for jsd, got %g", o->beta);
@@ -47,6 +52,12 @@ cpl_status cpl_distill_shape(const cpl_stage *stage, const cpl_model_shape *teac
     }
     cpl_status st = cpl_model_shape_check(shape);
     return st == CPL_OK ? st : cpl_stage_fail(stage, NULL, "%s", cpl_status_message());
+}
+
+cpl_status cpl_distill_layout(const cpl_stage *stage, const cpl_model_shape *teacher, const cpl_model_shape *student,
+                              cpl_layout **layout) {
+    bool projects = ((const cpl_distill_options *)stage->options)->hidden_weight > 0 && student->width != teacher->width;
+    return projects ? cpl_layout_create_projected(layout, student, teacher->width) : cpl_layout_create(layout, student);
 }
 
 /* Teacher block that becomes student block i: as chosen, or evenly spaced with the first and the last kept. */
@@ -102,7 +113,7 @@ static cpl_status prepare_student(cpl_context *ctx, const cpl_stage *stage, cons
         goto done;
     }
     CPL_TRY(cpl_distill_shape(stage, &teacher->layout->shape, &shape));
-    CPL_TRY(cpl_layout_create(layout, &shape));
+    CPL_TRY(cpl_distill_layout(stage, &teacher->layout->shape, &shape, layout));
     CPL_TRY(cpl_alloc(whole, (size_t)(*layout)->total, sizeof **whole, "first weights"));
     CPL_TRY(first_weights(stage, (uint64_t)ctx->job->seed, *layout, teacher, *whole));
 done:
@@ -137,7 +148,8 @@ static cpl_status run(cpl_context *ctx, cpl_stage *stage, cpl_record *record) {
                            .temperature = (float)o->temperature,
                            .alpha = (float)o->alpha,
                            .beta = (float)o->beta,
-                           .kind = (cpl_kd_kind)o->divergence};
+                           .kind = (cpl_kd_kind)o->divergence,
+                           .hidden_weight = (float)o->hidden_weight};
     CPL_TRY(cpl_training_stage_run(ctx, stage, record, layout, &o->training, o->steps, &shard, &loss));
     CPL_TRY(cpl_agree(ctx->world, cpl_record_text(record, "teacher_key", stage->input[0].key)));
 done:

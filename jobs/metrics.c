@@ -75,8 +75,8 @@ typedef struct {
     int first, count;
 } packing;
 static const packing packings[CPL_METRICS_ARRAYS] = {
-    {"metrics_step", "loss, hard_loss, lr, grad_norm, loss_scale, overflow: one row each", offsetof(cpl_metrics, step), 0,
-     CPL_M_STEP_MS},
+    {"metrics_step", "loss, hard_loss, hidden_loss, lr, grad_norm, loss_scale, overflow: one row each", offsetof(cpl_metrics, step),
+     0, CPL_M_STEP_MS},
     {"metrics_step_ms", "wall time of each step", offsetof(cpl_metrics, step), CPL_M_STEP_MS, 1},
     {"metrics_eval", "eval_step, val_loss: one row each", offsetof(cpl_metrics, eval), 0, CPL_M_EVAL_COLUMNS},
     {"metrics_event", "overflow events: step, rank, tensor index, kind (1 inf, 2 nan, 3 both): one row each",
@@ -163,7 +163,7 @@ done:
     return st;
 }
 
-static cpl_status record_steps(const cpl_series *s, cpl_record *rec, int64_t tokens_per_step) {
+static cpl_status record_steps(const cpl_series *s, cpl_record *rec, int64_t tokens_per_step, bool hidden) {
     cpl_status st = CPL_OK;
     double *rate = NULL;
     int64_t *step = NULL;
@@ -178,6 +178,10 @@ static cpl_status record_steps(const cpl_series *s, cpl_record *rec, int64_t tok
     CPL_TRY(column(rec, s, CPL_M_LOSS, "loss", dim, "nat/token", "training loss of the step (with distillation the mixed loss)"));
     CPL_TRY(column(rec, s, CPL_M_HARD_LOSS, "hard_loss", dim, "nat/token",
                    "cross-entropy on the text; equal to loss without distillation"));
+    if (hidden) {
+        CPL_TRY(column(rec, s, CPL_M_HIDDEN_LOSS, "hidden_loss", dim, "",
+                       "mean squared difference of the final hidden states; hidden_weight times it is in loss"));
+    }
     CPL_TRY(column(rec, s, CPL_M_LR, "lr", dim, "", "learning rate"));
     CPL_TRY(column(rec, s, CPL_M_GRAD_NORM, "grad_norm", dim, "", "global norm of the unscaled gradient before clipping"));
     CPL_TRY(column(rec, s, CPL_M_LOSS_SCALE, "loss_scale", dim, "", "loss scale the step's backward used"));
@@ -297,9 +301,9 @@ done:
 }
 
 cpl_status cpl_metrics_record(const cpl_metrics *m, cpl_record *rec, const cpl_layout *layout, int64_t tokens_per_step,
-                              bool exponents) {
+                              bool exponents, bool hidden) {
     cpl_status st = CPL_OK;
-    CPL_TRY(record_steps(&m->step, rec, tokens_per_step));
+    CPL_TRY(record_steps(&m->step, rec, tokens_per_step, hidden));
     CPL_TRY(integers(rec, &m->eval, CPL_M_EVAL_STEP, "eval_step", "eval_step", CPL_T_I64, "",
                      "steps done when the validation loss was taken"));
     CPL_TRY(column(rec, &m->eval, CPL_M_VAL_LOSS, "val_loss", "eval_step", "nat/token",

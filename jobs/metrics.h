@@ -11,6 +11,7 @@
 typedef enum {
     CPL_M_LOSS,
     CPL_M_HARD_LOSS,
+    CPL_M_HIDDEN_LOSS, /* NaN where the run has none */
     CPL_M_LR,
     CPL_M_GRAD_NORM,
     CPL_M_LOSS_SCALE,
@@ -53,8 +54,8 @@ cpl_status cpl_metrics_pack(const cpl_metrics *m, double *flat[CPL_METRICS_ARRAY
 cpl_status cpl_metrics_read(cpl_metrics *m, const char *path);
 
 /* Series and derived figures (numerics: overflow_rate, average_scale, scale_variance, scale_stability, recommended_scale) into a
- * record. tensors: names by index for the events. */
+ * record. layout: names of tensors for the events. exponents, hidden: with what only some runs have. */
 cpl_status cpl_metrics_record(const cpl_metrics *m, cpl_record *rec, const cpl_layout *layout, int64_t tokens_per_step,
-                              bool exponents);
+                              bool exponents, bool hidden);
 
 #endif

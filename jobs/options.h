@@ -71,7 +71,8 @@
     X(REAL, alpha, "0.5", 0, 1, "", "share of the soft loss; the rest is cross-entropy on the text")                               \
     X(CHOICE, divergence, "forward_kl", 0, 0, "forward_kl|reverse_kl|jsd",                                                         \
       "KL(teacher|student), KL(student|teacher), Jensen-Shannon")                                                                  \
-    X(REAL, beta, "0.5", 0, 1, "", "weight of the teacher in jsd (strictly between 0 and 1 there)")
+    X(REAL, beta, "0.5", 0, 1, "", "weight of the teacher in jsd (strictly between 0 and 1 there)")                                \
+    X(REAL, hidden_weight, "0", 0, 1e6, "", "weight of the hidden states' mean squared distance from the teacher's; 0: none")
 
 #define CPL_PRUNE_FIELDS(X)                                                                                                        \
     X(TEXT, model, NULL, 0, 0, "STAGE", "name of an earlier stage, or a checkpoint file")                                          \

@@ -122,15 +122,19 @@ static cpl_status plan_distill(const cpl_context *ctx, const cpl_stage *stage, c
     cpl_status st = CPL_OK;
     const cpl_distill_options *o = stage->options;
     cpl_dtype dt = cpl_precision_dtype(o->training.precision);
-    cpl_layout *large = NULL;
-    CPL_TRY(training(ctx, l, &o->training, o->steps, ranks, false, stage->name, out));
+    cpl_layout *large = NULL, *trained = NULL;
+    CPL_TRY(cpl_distill_layout(stage, teacher, &l->shape, &trained));
+    CPL_TRY(training(ctx, trained, &o->training, o->steps, ranks, false, stage->name, out));
     CPL_TRY(cpl_layout_create(&large, teacher));
-    out->stored = 12 * l->total;
-    out->flops += out->tokens * cpl_flops_forward(teacher);
+    out->stored = 12 * trained->total;
+    out->flops += out->tokens * (cpl_flops_forward(teacher) + cpl_flops_projection(trained));
     CPL_TRY(workspace(large, dt, o->training.micro_batch, false, CPL_RECOMPUTE_NONE, &out->memory.teacher));
     out->memory.teacher += large->total * (int64_t)cpl_dtype_size(dt);
+    cpl_plan_memory upload = {.teacher = large->total * (int64_t)(cpl_dtype_size(dt) + (dt == CPL_F32 ? 0 : sizeof(float)))};
+    keep_larger(&out->memory, &upload); /* f32 weights pass through a buffer */
 done:
     cpl_layout_destroy(&large);
+    cpl_layout_destroy(&trained);
     return st;
 }
 

@@ -107,31 +107,51 @@ done:
     return st;
 }
 
-/* Arrays of a shard; returns how many. */
-static size_t shard_arrays(const cpl_shard *s, const cpl_layout *layout, cpl_ckpt_array a[4]) {
-    const cpl_ckpt_array list[4] = {
-        {.name = "param", .type = CPL_T_F32, .data = s->param, .help = "weights, flat in the order of the layout"},
-        {.name = "m", .type = CPL_T_F32, .data = s->m, .help = "AdamW first moments"},
-        {.name = "v", .type = CPL_T_F32, .data = s->v, .help = "AdamW second moments"},
-        {.name = "mask", .type = CPL_T_U8, .data = s->mask, .help = "0: pruned"}};
-    const bool there[4] = {true, s->moments, s->moments, s->masked};
-    size_t n = 0;
-    for (int i = 0; i < 4; i++) {
-        if (there[i]) {
-            a[n] = list[i];
-            a[n].total = layout->total;
-            a[n].begin = s->begin;
-            a[n].n = s->n;
-            n++;
+enum { SHARD_ARRAYS = 7 };
+/* Arrays of a shard; returns how many. The projection of distillation stands in arrays of its own, so that whoever reads the model
+ * does not see it; it is never masked. */
+static size_t shard_arrays(const cpl_shard *s, const cpl_layout *layout, cpl_ckpt_array a[SHARD_ARRAYS]) {
+    const cpl_param *projection = cpl_layout_projection(layout);
+    int64_t end = projection == NULL ? layout->total : projection->offset;
+    int64_t begin = s->begin < end ? s->begin : end, n = s->begin + s->n < end ? s->n : end - begin;
+    const cpl_ckpt_array model = {.type = CPL_T_F32, .total = end, .begin = begin, .n = n};
+    const cpl_ckpt_array beside = {
+        .type = CPL_T_F32, .total = layout->total - end, .begin = s->begin - begin, .n = s->n - n, .help = "distill.projection"};
+    const struct {
+        bool there;
+        float *data;
+        const char *name, *help, *beside;
+    } list[] = {{true, s->param, "param", "weights, flat in the order of the layout", "projection"},
+                {s->moments, s->m, "m", "AdamW first moments", "projection_m"},
+                {s->moments, s->v, "v", "AdamW second moments", "projection_v"}};
+    size_t count = 0;
+    for (size_t i = 0; i < sizeof list / sizeof list[0]; i++) {
+        if (list[i].there) {
+            a[count] = model;
+            a[count].name = list[i].name;
+            a[count].help = list[i].help;
+            a[count++].data = list[i].data;
+        }
+        if (list[i].there && projection != NULL) {
+            a[count] = beside;
+            a[count].name = list[i].beside;
+            a[count++].data = list[i].data + n;
         }
     }
-    return n;
+    if (s->masked) {
+        a[count] = model;
+        a[count].type = CPL_T_U8;
+        a[count].name = "mask";
+        a[count].help = "0: pruned";
+        a[count++].data = s->mask;
+    }
+    return count;
 }
 
 cpl_status cpl_store_save(const char *path, cpl_comm *comm, const cpl_layout *layout, const char *key, int64_t step,
                           const cpl_shard *shard, const cpl_step_state *state, const cpl_metrics *metrics) {
     cpl_status st = CPL_OK;
-    cpl_ckpt_array arrays[4 + CPL_METRICS_ARRAYS];
+    cpl_ckpt_array arrays[SHARD_ARRAYS + CPL_METRICS_ARRAYS];
     cpl_ckpt_attr attrs[HEAD_ATTRS];
     double *flat[CPL_METRICS_ARRAYS] = {0};
     cpl_store_head head = {
@@ -179,7 +199,7 @@ done:
 }
 
 cpl_status cpl_store_load(const char *path, cpl_comm *comm, const cpl_layout *layout, cpl_shard *shard) {
-    cpl_ckpt_array arrays[4];
+    cpl_ckpt_array arrays[SHARD_ARRAYS];
     size_t n = shard_arrays(shard, layout, arrays);
     cpl_io_ranks ranks = cpl_store_ranks(comm);
     return cpl_checkpoint_read(path, &ranks, arrays, n, NULL, 0, NULL);

@@ -4,8 +4,8 @@
 #include "io/base/log.h"
 #include <string.h>
 
-/* The first tensor that the backward pass left non-finite on this rank: ln_f, then the blocks from the last to the first, each from
- * its end, then the embeddings. -1: none. */
+/* The first tensor that the backward pass left non-finite on this rank: the projection of distillation, ln_f, then the blocks from
+ * the last to the first, each from its end, then the embeddings. -1: none. */
 static int64_t first_bad(const cpl_layout *l, const uint32_t *kinds) {
     int64_t best = -1;
     int64_t best_rank = INT64_MAX;
@@ -15,6 +15,7 @@ static int64_t first_bad(const cpl_layout *l, const uint32_t *kinds) {
             continue;
         }
         int64_t place = p->layer >= 0                      ? (l->shape.layers - p->layer) * 1000
+                        : p == cpl_layout_projection(l)    ? -1
                         : strncmp(p->name, "ln_f", 4) == 0 ? 0
                                                            : INT64_MAX - 1000;
         if (p->layer >= 0) {
@@ -68,6 +69,7 @@ done:
     return st;
 }
 
+/* All 2-D weights outside the blocks count with the embeddings. */
 static int group_of(const cpl_param *p) {
     if (p->layer < 0) {
         return strncmp(p->name, "ln", 2) == 0 ? 3 : 0;

@@ -13,7 +13,7 @@ enum { TREE_DEPTH_MAX = 40 };
 typedef struct {
     int32_t *tokens;       /* [2][own micro-batches][rows]: tokens, then targets */
     float *lr;             /* [1] */
-    double *sums;          /* [2][G]: soft and hard loss sums of the micro-batches of all ranks */
+    double *sums;          /* [3][G]: soft and hard loss sums, hidden losses of the micro-batches of all ranks */
     uint32_t *kinds;       /* [tensors] */
     cpl_step_state *state; /* after the step */
     int64_t step;
@@ -32,7 +32,7 @@ struct cpl_steps {
     int64_t *owns;                /* owned [ranks+1]: rank r does micro-batches [owns[r], owns[r+1]) */
     int32_t *tokens;              /* owned, device [2][own][rows] */
     float *soft, *hard;           /* owned, device [rows] */
-    double *sums;                 /* owned, device [2][G] */
+    double *sums;                 /* owned, device [3][G] */
     float *tree[TREE_DEPTH_MAX];  /* device: gradient buffers of reduction: tree; [0] is opt->grad, the others owned */
     slot slot[CPL_STEPS_AHEAD];
     int64_t first, last; /* steps [first, last) are enqueued and not drained; step i is in slot i % CPL_STEPS_AHEAD */
@@ -48,7 +48,7 @@ static cpl_status allocate_slot(cpl_steps *s, slot *to) {
     cpl_device *dev = s->dev;
     CPL_TRY(cpl_device_host_alloc(dev, &to->tokens, 2 * (size_t)(s->own * s->rows), sizeof *to->tokens, "training batch"));
     CPL_TRY(cpl_device_host_alloc(dev, &to->lr, 1, sizeof *to->lr, "learning rate"));
-    CPL_TRY(cpl_device_host_alloc(dev, &to->sums, 2 * (size_t)s->G, sizeof *to->sums, "losses"));
+    CPL_TRY(cpl_device_host_alloc(dev, &to->sums, 3 * (size_t)s->G, sizeof *to->sums, "losses"));
     CPL_TRY(cpl_device_host_alloc(dev, &to->kinds, (size_t)s->spec->layout->count, sizeof *to->kinds, "overflow kinds"));
     CPL_TRY(cpl_device_host_alloc(dev, &to->state, 1, sizeof *to->state, "state of a step"));
 done:
@@ -69,7 +69,7 @@ static cpl_status allocate(cpl_steps *s) {
     CPL_TRY(cpl_device_alloc(s->dev, &s->tokens, 2 * (size_t)(s->own * s->rows), sizeof *s->tokens, "training batch"));
     CPL_TRY(cpl_device_alloc(s->dev, &s->soft, (size_t)s->rows, sizeof *s->soft, "losses"));
     CPL_TRY(cpl_device_alloc(s->dev, &s->hard, (size_t)s->rows, sizeof *s->hard, "losses"));
-    CPL_TRY(cpl_device_alloc(s->dev, &s->sums, 2 * (size_t)s->G, sizeof *s->sums, "losses"));
+    CPL_TRY(cpl_device_alloc(s->dev, &s->sums, 3 * (size_t)s->G, sizeof *s->sums, "losses"));
     s->tree[0] = s->opt->grad;
     int depth = 1;
     for (int64_t n = s->own; s->t->reduction == CPL_REDUCTION_TREE && n > 1 && depth < TREE_DEPTH_MAX; n = (n + 1) / 2, depth++) {
@@ -126,7 +126,7 @@ void cpl_steps_destroy(cpl_steps **steps) {
 
 int64_t cpl_steps_bytes(const cpl_layout *layout, const cpl_training *t, int ranks) {
     int64_t rows = t->micro_batch * layout->shape.context, G = t->global_batch / t->micro_batch, own = (G + ranks - 1) / ranks;
-    return 8 * own * rows + 8 * rows + 16 * G;
+    return 8 * own * rows + 8 * rows + 24 * G;
 }
 
 /* --- what a step enqueues --- */
@@ -136,7 +136,9 @@ static cpl_status micro_batch(cpl_steps *s, int64_t i, float *grad) {
     cpl_status st = CPL_OK;
     int64_t g = s->owns[cpl_comm_rank(s->comm)] + i;
     const int32_t *tokens = s->tokens + i * s->rows, *targets = tokens + s->own * s->rows;
-    CPL_TRY(cpl_model_step(s->ws, s->opt->work, tokens, targets, s->spec->loss, s->opt->state, grad, s->soft, s->hard));
+    cpl_model_loss loss = s->spec->loss == NULL ? (cpl_model_loss){0} : *s->spec->loss;
+    loss.hidden = s->sums + 2 * s->G + g;
+    CPL_TRY(cpl_model_step(s->ws, s->opt->work, tokens, targets, &loss, s->opt->state, grad, s->soft, s->hard));
     if (s->spec->loss != NULL) {
         CPL_TRY(CPL_OPS(s->dev, sum_f32, s->sums + g, s->soft, s->rows));
     }
@@ -177,7 +179,7 @@ static cpl_status inject(cpl_steps *s) {
 
 static cpl_status accumulate(cpl_steps *s) {
     cpl_status st = CPL_OK;
-    CPL_TRY(CPL_OPS(s->dev, zero, s->sums, 2 * (size_t)s->G * sizeof(double)));
+    CPL_TRY(CPL_OPS(s->dev, zero, s->sums, 3 * (size_t)s->G * sizeof(double)));
     if (s->t->reduction == CPL_REDUCTION_TREE) {
         CPL_TRY(tree_sum(s, 0, s->own, 0));
     } else {
@@ -194,6 +196,10 @@ done:
     return st;
 }
 
+static double hidden_weight(const cpl_steps *s) {
+    return s->spec->loss == NULL ? 0 : (double)s->spec->loss->hidden_weight;
+}
+
 /* A whole step; collective. */
 static cpl_status body(void *context) {
     cpl_status st = CPL_OK;
@@ -202,6 +208,9 @@ static cpl_status body(void *context) {
     CPL_TRY(cpl_optimizer_step(s->opt));
     CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums, sizeof(double), s->owns));
     CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums + s->G, sizeof(double), s->owns));
+    if (hidden_weight(s) != 0) {
+        CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums + 2 * s->G, sizeof(double), s->owns));
+    }
 done:
     return st;
 }
@@ -225,7 +234,7 @@ done:
 
 static cpl_status fetch(cpl_steps *s, slot *to, int mark) {
     cpl_status st = CPL_OK;
-    CPL_TRY(CPL_OPS(s->dev, fetch, to->sums, s->sums, 2 * (size_t)s->G * sizeof *to->sums));
+    CPL_TRY(CPL_OPS(s->dev, fetch, to->sums, s->sums, 3 * (size_t)s->G * sizeof *to->sums));
     CPL_TRY(CPL_OPS(s->dev, fetch, to->kinds, s->opt->kinds, (size_t)s->spec->layout->count * sizeof *to->kinds));
     CPL_TRY(CPL_OPS(s->dev, fetch, to->state, s->opt->state, sizeof *to->state));
     CPL_TRY(cpl_device_mark(s->dev, mark));
@@ -234,14 +243,17 @@ done:
 }
 
 static cpl_status add_row(cpl_steps *s, const slot *from) {
-    double soft = 0, hard = 0, row[CPL_M_STEP_COLUMNS], now = cpl_now();
+    double soft = 0, hard = 0, hidden = 0, row[CPL_M_STEP_COLUMNS], now = cpl_now();
     for (int64_t g = 0; g < s->G; g++) {
         soft += from->sums[g];
         hard += from->sums[s->G + g];
+        hidden += from->sums[2 * s->G + g];
     }
     double tokens = (double)s->G * (double)s->rows, began = from->started > s->drained ? from->started : s->drained;
     row[CPL_M_HARD_LOSS] = hard / tokens;
     row[CPL_M_LOSS] = s->spec->loss == NULL ? hard / tokens : cpl_model_loss_total(s->spec->loss, soft / tokens, hard / tokens);
+    row[CPL_M_LOSS] += hidden / (double)s->G;
+    row[CPL_M_HIDDEN_LOSS] = hidden_weight(s) == 0 ? NAN : hidden / (double)s->G / hidden_weight(s);
     row[CPL_M_LR] = *from->lr;
     row[CPL_M_GRAD_NORM] = from->state->grad_norm;
     row[CPL_M_LOSS_SCALE] = s->scale;

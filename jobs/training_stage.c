@@ -11,10 +11,10 @@ void cpl_shard_take(cpl_shard *s, const float *whole) {
 }
 
 static cpl_status write_record(cpl_record *rec, const cpl_layout *layout, const cpl_training *t, const cpl_training_result *result,
-                               int64_t peak) {
+                               bool hidden, int64_t peak) {
     cpl_status st = CPL_OK;
     CPL_TRY(cpl_record_model(rec, layout, result->val_loss, cpl_dense_bytes(layout)));
-    CPL_TRY(cpl_metrics_record(result->metrics, rec, layout, t->global_batch * layout->shape.context, t->grad_exponents));
+    CPL_TRY(cpl_metrics_record(result->metrics, rec, layout, t->global_batch * layout->shape.context, t->grad_exponents, hidden));
     CPL_TRY(cpl_record_i64(rec, "resumed_from_step", result->resumed_from));
     CPL_TRY(cpl_record_i64(rec, "device_bytes_peak", peak));
 done:
@@ -45,8 +45,9 @@ cpl_status cpl_training_stage_run(cpl_context *ctx, cpl_stage *stage, cpl_record
                              .stop = ctx->stop};
     CPL_TRY(cpl_trainer_run(&spec, &result));
     int64_t peak = (int64_t)result.device_bytes;
+    bool hidden = loss != NULL && loss->hidden_weight != 0;
     CPL_TRY(cpl_comm_allreduce_i64(ctx->world, &peak, 1, CPL_MAX));
-    CPL_TRY(cpl_agree(ctx->world, write_record(record, layout, options, &result, peak)));
+    CPL_TRY(cpl_agree(ctx->world, write_record(record, layout, options, &result, hidden, peak)));
     cpl_log_info("%s: validation loss %.4f after %lld steps, %.1f s", stage->name, result.val_loss, (long long)steps,
                  result.wall_s);
 done:

@@ -21,5 +21,10 @@ static inline double cpl_flops_forward(const cpl_model_shape *s) {
 static inline double cpl_flops_training(const cpl_model_shape *s) {
     return 3 * cpl_flops_forward(s);
 }
+/* Training of distill.projection per token; 0 where the layout has none. */
+static inline double cpl_flops_projection(const cpl_layout *l) {
+    const cpl_param *p = cpl_layout_projection(l);
+    return p == NULL ? 0 : 3 * 2 * (double)cpl_param_count(p);
+}
 
 #endif

@@ -90,7 +90,9 @@ static void table_fill(table *t, const cpl_model_shape *s, int64_t teacher_width
     table_add_outside(t, "ln_f.bias", s->width, 1, true);
     if (teacher_width > 0) {
         cpl_param p = {.name = "distill.projection", .rows = teacher_width, .cols = s->width, .layer = -1};
+        int64_t of_the_model = t->parameters;
         table_add(t, p);
+        t->parameters = of_the_model;
     }
 }
 

@@ -50,7 +50,7 @@ typedef struct {
     cpl_param *param;   /* owned, in order of offset */
     int64_t *begin;     /* owned, count+1: begin[i] = param[i].offset, begin[count] = total */
     int64_t total;      /* elements of a flat buffer, gaps included; a multiple of 64 */
-    int64_t parameters; /* without gaps */
+    int64_t parameters; /* of the model: without gaps and distill.projection */
     int64_t decayed_end;
 } cpl_layout;
 /* Errors: those of cpl_model_shape_check, CPL_NO_MEMORY. */
@@ -105,7 +105,7 @@ typedef struct {
     /* Hidden-state loss: hidden_weight * mean over all rows and channels of (P h - h_teacher)^2, of the final normalised states,
      * ignored targets included; P: distill.projection, or the identity where the layout has none and the widths are equal. */
     float hidden_weight; /* 0: none */
-    double *hidden;      /* borrowed, device f64: += that loss; may be NULL where hidden_weight is 0 */
+    double *hidden;      /* borrowed, device f64: += that loss; may be NULL where hidden_weight is 0; the trainer sets it */
     float row_weight;    /* 1 / valid targets of the micro-batch, counted by who made them; 0: 1 / (B*T) */
 } cpl_model_loss;
 /* What is minimised but for the hidden-state loss, from the means (or sums, or one row) of the two outputs of cpl_model_step. */

@@ -41,6 +41,11 @@ peak fp16 2 pruned
 # All in one process: a stage's peak is its own, and not that of the larger one before it.
 peak whole-student 1 student --set student.steps=3 --set teacher.layers=4
 peak whole-pruned 1 pruned --set pruned.finetune_steps=2 --set pruned.micro_batch=1 --set pruned.recompute=block
+# With the hidden-state loss, with and without a projection.
+peak hidden-equal 1 student --set student.hidden_weight=1
+peak hidden-narrow 2 student --set student.hidden_weight=1 --set student.start=scratch --set student.width=48
+# A teacher so much larger that its weights on their way to the device are the most.
+peak hidden-upload 2 student --set student.hidden_weight=1 --set student.start=scratch --set student.width=256 --set teacher.width=512
 
 # What is done, what is left, and that nothing is made or changed.
 tiny_study job.yaml

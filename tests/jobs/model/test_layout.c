@@ -122,6 +122,7 @@ static void test_layout_projection_leaves_the_plain_buffer_as_its_prefix(void **
     assert_ok(cpl_layout_create_projected(&l, &odd, 40));
     assert_null(cpl_layout_projection(plain));
     assert_int_equal(l->count, plain->count + 1);
+    assert_int_equal(l->parameters, plain->parameters);
     assert_memory_equal(l->param, plain->param, (size_t)plain->count * sizeof *l->param);
     const cpl_param *p = cpl_layout_projection(l);
     assert_ptr_equal(p, cpl_layout_find(l, "distill.projection"));
