@@ -1,5 +1,5 @@
 # The same job on the CPU and on a GPU: losses in fp32, validation loss in 16 bits, the same bits twice, after a resume, and on 1 and 2 ranks of
-# one GPU with reduction tree; a fault injected on one rank is skipped by all.
+# one GPU with reduction tree; a fault injected on one rank is skipped by all; a study of every kind of stage.
 # Refuses to pass without a GPU: it is skipped and says so.
 # ctest: TIMEOUT 900
 . "$CUPEL_SOURCE/tests/jobs/tiny.sh"
@@ -49,4 +49,12 @@ run fault 2 cuda teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_s
 [ "$(values fault/results.h5 /stages/teacher/overflow)" = "0 0 1 0 0 0" ] || fail "overflow: $(values fault/results.h5 /stages/teacher/overflow)"
 run fault-alone 1 cuda teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_step=2 teacher.inject_tensor=wte
 [ "$(values fault-alone/results.h5 /stages/teacher/overflow)" = "0 0 1 0 0 0" ] || fail "overflow alone"
+
+# Every kind of stage, with the hidden states of a narrower student: the same study, to about the same losses.
+tiny_study job.yaml
+sed -i 's/student, teacher: teacher, layers: 1,/student, teacher: teacher, start: scratch, width: 16, hidden_weight: 1, layers: 1,/' job.yaml
+run study-cpu 1 cpu
+run study-gpu 1 cuda
+for values in /stages/student/hidden_loss /stages/student/loss; do close study-cpu study-gpu $values 0.02; done
+close study-cpu study-gpu /stages/grid/val_loss 0.05
 exit 0
