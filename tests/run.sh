@@ -63,7 +63,7 @@ built=("${presets[@]}")
 if has_cuda; then built+=(cuda); fi
 for preset in "${built[@]}"; do build "$preset"; done
 if [[ ${built[*]} == *cuda* ]]; then
-    if build/cuda/cupel info | grep -q '^ GPU '; then presets+=(cuda); else skipped+=("cuda: built, but no GPU to run its tests on is here"); fi
+    if [[ $(build/cuda/cupel info) == *$'\n GPU '* ]]; then presets+=(cuda); else skipped+=("cuda: built, but no GPU to run its tests on is here"); fi
 fi
 
 attribute() { sed -n "s/^[[:space:]]*$1=\"\([0-9]*\)\".*/\1/p;s/.*<testsuite .*[[:space:]]$1=\"\([0-9]*\)\".*/\1/p" "$2" | head -n 1; }
