@@ -175,7 +175,7 @@ if(CUPEL_BLAS MATCHES "auto|cblas" AND NOT CUPEL_BLAS_FOUND)
   endif()
 endif()
 
-# --- CUDA: the toolkit, and of the libraries beside it cuDNN (attention) and NCCL where they are. ---
+# --- CUDA: the toolkit, and cuDNN (attention) where it is. ---
 if(NOT CUPEL_CUDA MATCHES "^(ON|OFF|auto)$")
   message(FATAL_ERROR "CUPEL_CUDA=${CUPEL_CUDA}: expected ON, OFF or auto")
 endif()

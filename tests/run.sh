@@ -60,7 +60,7 @@ has_cuda() {
     ((${version:-0} >= 12))
 }
 built=("${presets[@]}")
-if has_cuda; then built+=(cuda); fi
+if [[ ${presets[*]} == *asan* ]] && has_cuda; then built+=(cuda); fi
 for preset in "${built[@]}"; do build "$preset"; done
 if [[ ${built[*]} == *cuda* ]]; then
     if [[ $(build/cuda/cupel info) == *$'\n GPU '* ]]; then presets+=(cuda); else skipped+=("cuda: built, but no GPU to run its tests on is here"); fi

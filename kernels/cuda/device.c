@@ -1,5 +1,5 @@
 /* The CUDA back end as a device: choice of the GPU, memory, streams, marks, recorded graphs, description.
- * Refuses a GPU older than sm_80, and more processes on a GPU than was asked for is the caller's business. */
+ * Refuses a GPU older than sm_80; more ranks of a host than GPUs share them. */
 #include "kernels/cuda/cuda.h"
 #include <cublasLt.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
 /* What was timed on this GPU before: kept in a file for each GPU and library version, so that later runs choose the same.
- * Refuses to fail where no file can be kept: then it is timed anew, and `cupel info` says so. */
+ * Refuses to fail where no file can be kept: then each run times anew. */
 #ifndef CPL_KERNELS_CUDA_TUNING_H
 #define CPL_KERNELS_CUDA_TUNING_H
 
