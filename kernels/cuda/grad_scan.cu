@@ -1,19 +1,15 @@
 /* What a step must know of its gradient: where it is not finite, its sums of squares, its exponents.
  * Refuses float atomics: one f64 partial sum a chunk; bits and counts are integers, whose order does not matter. */
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/flat.cuh"
 
-enum { THREADS = 256, PIECE = 16384, EXPONENTS = 256 };
+namespace {
 
-__device__ __forceinline__ uint32_t key_of(float x) {
-    return __float_as_uint(x) & 0x7fffffffu;
-}
+enum { THREADS = 256, LOADS = 8, PIECE = THREADS * LOADS * 4 };
+enum { COUNT_THREADS = 512, COUNT_LOADS = 4, COUNT_PIECE = COUNT_THREADS * COUNT_LOADS * 4, EXPONENTS = 256, COLUMNS = 32 };
 
-/* The tensor that element i of the buffer is in: begin[t] <= i < begin[t + 1], or -1. */
+/* The last tensor that begins at element i or before. */
 __device__ int64_t tensor_of(const int64_t *begin, int64_t tensors, int64_t i) {
     int64_t low = 0, high = tensors;
-    if (i < begin[0] || i >= begin[tensors]) {
-        return -1;
-    }
     while (high - low > 1) {
         int64_t middle = (low + high) / 2;
         if (begin[middle] <= i) {
@@ -25,117 +21,142 @@ __device__ int64_t tensor_of(const int64_t *begin, int64_t tensors, int64_t i) {
     return low;
 }
 
-__device__ void mark(uint32_t *kinds, uint32_t *any, const int64_t *begin, int64_t tensors, int64_t i, uint32_t key) {
-    int64_t t = tensor_of(begin, tensors, i);
-    if (t >= 0) {
-        atomicOr(&kinds[t], key == 0x7f800000u ? 1u : 2u);
-        atomicOr(any, 1u);
+/* Elements [first, last), one of which is not finite, to the tensors they are in; a block, one atomic a tensor. */
+__device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin, int64_t tensors,
+                                       int64_t first, int64_t last) {
+    for (int64_t t = tensor_of(begin, tensors, first); t < tensors && begin[t] < last; t++) {
+        int64_t from = begin[t] < first ? first : begin[t], to = begin[t + 1] < last ? begin[t + 1] : last;
+        bool inf = false, nan = false;
+        for (int64_t i = from + threadIdx.x; i < to; i += THREADS) {
+            uint32_t key = key_of(grad[i]);
+            inf |= key == CPL_KEY_INF;
+            nan |= key > CPL_KEY_INF;
+        }
+        uint32_t found = (__syncthreads_or(inf) ? 1u : 0u) | (__syncthreads_or(nan) ? 2u : 0u);
+        if (threadIdx.x == 0 && found != 0) {
+            atomicOr(&kinds[t], found);
+            atomicOr(any, 1u);
+        }
     }
 }
 
-/* N elements an access. The usual piece is finite and costs one comparison of its largest key. */
-template <int N>
-__global__ void scan_kernel(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin, int64_t tensors, int64_t n) {
-    int64_t first = blockIdx.x * (int64_t)PIECE, last = first + PIECE < n ? first + PIECE : n;
+/* A block a piece of [origin, end). The usual piece is finite, which its largest key tells. */
+__global__ void __launch_bounds__(THREADS) scan_kernel(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin,
+                                                       int64_t tensors, int64_t origin, int64_t end, bool wide) {
+    int64_t first = origin + blockIdx.x * (int64_t)PIECE, last = first + PIECE < end ? first + PIECE : end;
     uint32_t largest = 0;
-#pragma unroll 8
-    for (int64_t i = first + threadIdx.x * N; i < last; i += THREADS * N) {
-        packed<float, N> x = load<float, N>(grad + i);
+    if (wide && last - first == PIECE) {
+        packed<float, 4> x[LOADS];
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            largest = max(largest, key_of(x.at[j]));
+        for (int k = 0; k < LOADS; k++) {
+            x[k] = load<float, 4>(grad + first + (k * THREADS + threadIdx.x) * 4);
+        }
+#pragma unroll
+        for (int k = 0; k < LOADS; k++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                largest = max(largest, key_of(x[k].at[j]));
+            }
+        }
+    } else {
+#pragma unroll 8
+        for (int64_t i = first + threadIdx.x; i < last; i += THREADS) {
+            largest = max(largest, key_of(grad[i]));
         }
     }
-    if (largest >= 0x7f800000u) {
-        for (int64_t i = first + threadIdx.x * N; i < last; i += THREADS * N) {
-            for (int j = 0; j < N; j++) {
-                uint32_t key = key_of(grad[i + j]);
-                if (key >= 0x7f800000u) {
-                    mark(kinds, any, begin, tensors, i + j, key);
-                }
+    if (__syncthreads_or(largest >= CPL_KEY_INF)) {
+        attribute(kinds, any, grad, begin, tensors, first, last);
+    }
+}
+
+/* Bins of a block in shared memory, a column a lane, so that the few exponents a gradient has cost no more than many. The largest
+ * finite magnitude as its key, which is ordered alike. */
+struct exponent_counts {
+    uint32_t *table; /* [EXPONENTS][COLUMNS] */
+    float factor;
+    uint32_t largest;
+
+    __device__ __forceinline__ void add(float x) {
+        uint32_t key = key_of(__fmul_rn(factor, x));
+        largest = max(largest, key < CPL_KEY_INF ? key : 0u);
+        atomicAdd(&table[(key >> 23) * COLUMNS + threadIdx.x % COLUMNS], 1u);
+    }
+};
+
+__global__ void __launch_bounds__(COUNT_THREADS)
+    exponents_kernel(unsigned long long *counts, uint32_t *max_abs, const float *x, int64_t n, float factor, bool wide) {
+    __shared__ uint32_t table[EXPONENTS * COLUMNS];
+    __shared__ uint32_t largest;
+    for (int i = threadIdx.x; i < EXPONENTS * COLUMNS; i += COUNT_THREADS) {
+        table[i] = 0;
+    }
+    if (threadIdx.x == 0) {
+        largest = 0;
+    }
+    __syncthreads();
+    exponent_counts own = {table, factor, 0};
+    int64_t pieces = wide ? n / COUNT_PIECE : 0;
+    for (int64_t p = blockIdx.x; p < pieces; p += gridDim.x) {
+        packed<float, 4> v[COUNT_LOADS];
+#pragma unroll
+        for (int k = 0; k < COUNT_LOADS; k++) {
+            v[k] = load<float, 4>(x + p * COUNT_PIECE + (k * COUNT_THREADS + threadIdx.x) * 4);
+        }
+#pragma unroll
+        for (int k = 0; k < COUNT_LOADS; k++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                own.add(v[k].at[j]);
             }
         }
     }
+    for (int64_t i = pieces * COUNT_PIECE + blockIdx.x * (int64_t)COUNT_THREADS + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * COUNT_THREADS) {
+        own.add(x[i]);
+    }
+    atomicMax(&largest, own.largest);
+    __syncthreads();
+    for (int e = threadIdx.x; e < EXPONENTS; e += COUNT_THREADS) {
+        unsigned long long sum = 0;
+        over_columns<COLUMNS>(table, e, [&](uint32_t c) { sum += c; });
+        if (sum > 0) {
+            atomicAdd(&counts[e], sum);
+        }
+    }
+    if (threadIdx.x == 0) {
+        atomicMax(max_abs, largest);
+    }
 }
 
-/* begin[0] is where the first tensor begins; the scan covers [0, begin[tensors]) from there on. */
+} // namespace
+
 extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin,
                                           int64_t tensors) {
     const void *table = NULL;
+    if (tensors == 0) {
+        return CPL_OK;
+    }
+    int64_t n = begin[tensors] - begin[0];
     cpl_status st = CPL_CUDA(zero)(dev, kinds, (size_t)tensors * sizeof *kinds);
-    if (st != CPL_OK || tensors == 0 || begin[tensors] == 0) {
+    if (st != CPL_OK || n == 0) {
         return st;
     }
     st = cpl_cuda_constant(dev, begin, ((size_t)tensors + 1) * sizeof *begin, &table);
     if (st != CPL_OK) {
         return st;
     }
-    int64_t n = begin[tensors];
-    unsigned pieces = (unsigned)cpl_ceil_div(n, PIECE);
-    if (aligned16(grad) && n % 4 == 0) {
-        scan_kernel<4><<<pieces, THREADS, 0, cpl_cuda_stream(dev)>>>(kinds, any, grad, (const int64_t *)table, tensors, n);
-    } else {
-        scan_kernel<1><<<pieces, THREADS, 0, cpl_cuda_stream(dev)>>>(kinds, any, grad, (const int64_t *)table, tensors, n);
-    }
+    scan_kernel<<<(unsigned)cpl_ceil_div(n, PIECE), THREADS, 0, cpl_cuda_stream(dev)>>>(
+        kinds, any, grad, (const int64_t *)table, tensors, begin[0], begin[tensors], aligned16(grad + begin[0]));
     return cpl_cuda_launched(dev, "grad_scan");
-}
-
-/* A block a chunk; squares of f32 are exact in f64. */
-template <int N> __global__ void squares_kernel(double *chunk_sums, const float *x, int64_t n) {
-    __shared__ double shared[32];
-    int64_t first = blockIdx.x * (int64_t)CPL_SUM_CHUNK, last = first + CPL_SUM_CHUNK < n ? first + CPL_SUM_CHUNK : n;
-    double sum = 0;
-#pragma unroll 4
-    for (int64_t i = first + threadIdx.x * N; i < last; i += THREADS * N) {
-        packed<float, N> v = load<float, N>(x + i);
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            sum = fma((double)v.at[j], (double)v.at[j], sum);
-        }
-    }
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) {
-        chunk_sums[blockIdx.x] = sum;
-    }
 }
 
 extern "C" cpl_status CPL_CUDA(sum_squares)(cpl_device *dev, double *chunk_sums, const float *x, int64_t n) {
     if (n == 0) {
         return CPL_OK;
     }
-    unsigned chunks = (unsigned)cpl_ceil_div(n, CPL_SUM_CHUNK);
-    if (aligned16(x) && n % 4 == 0) {
-        squares_kernel<4><<<chunks, THREADS, 0, cpl_cuda_stream(dev)>>>(chunk_sums, x, n);
-    } else {
-        squares_kernel<1><<<chunks, THREADS, 0, cpl_cuda_stream(dev)>>>(chunk_sums, x, n);
-    }
+    chunk_kernel<true, THREADS>
+        <<<(unsigned)cpl_ceil_div(n, CPL_SUM_CHUNK), THREADS, 0, cpl_cuda_stream(dev)>>>(chunk_sums, x, n, aligned16(x));
     return cpl_cuda_launched(dev, "sum_squares");
-}
-
-/* Counts of a block in shared memory, one table a warp; the largest magnitude as a key, which orders like the value. */
-__global__ void exponents_kernel(unsigned long long *counts, uint32_t *max_abs, const float *x, int64_t n, float factor) {
-    __shared__ uint32_t count[THREADS / 32][EXPONENTS];
-    for (int i = threadIdx.x; i < THREADS / 32 * EXPONENTS; i += THREADS) {
-        count[i / EXPONENTS][i % EXPONENTS] = 0;
-    }
-    __syncthreads();
-    uint32_t largest = 0;
-    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
-        uint32_t key = key_of(__fmul_rn(factor, x[i]));
-        largest = key < 0x7f800000u ? max(largest, key) : largest;
-        atomicAdd(&count[threadIdx.x / 32][key >> 23], 1u);
-    }
-    atomicMax(max_abs, largest);
-    __syncthreads();
-    for (int e = threadIdx.x; e < EXPONENTS; e += THREADS) {
-        unsigned long long sum = 0;
-        for (int w = 0; w < THREADS / 32; w++) {
-            sum += count[w][e];
-        }
-        if (sum > 0) {
-            atomicAdd(&counts[e], sum);
-        }
-    }
 }
 
 extern "C" cpl_status CPL_CUDA(exponents)(cpl_device *dev, int64_t *counts, float *max_abs, const float *x, int64_t n,
@@ -143,7 +164,7 @@ extern "C" cpl_status CPL_CUDA(exponents)(cpl_device *dev, int64_t *counts, floa
     if (n == 0) {
         return CPL_OK;
     }
-    exponents_kernel<<<grid_for(dev, n, THREADS * 16, 4), THREADS, 0, cpl_cuda_stream(dev)>>>((unsigned long long *)counts,
-                                                                                              (uint32_t *)max_abs, x, n, factor);
+    exponents_kernel<<<grid_for(dev, n, COUNT_PIECE, 4), COUNT_THREADS, 0, cpl_cuda_stream(dev)>>>(
+        (unsigned long long *)counts, (uint32_t *)max_abs, x, n, factor, aligned16(x));
     return cpl_cuda_launched(dev, "exponents");
 }

@@ -14,18 +14,26 @@ __global__ void __launch_bounds__(FORWARD_THREADS)
         return;
     }
     int packs = C / N;
-    packed<T, N> kept[KEPT];
+    packed<T, N> kept[KEPT], added[KEPT];
     float total = 0;
 #pragma unroll
-    for (int k = 0; k < KEPT; k++) {
+    for (int k = 0; k < KEPT; k++) { /* all loads before the first store: sum may be x, so none could pass it */
         int i = lane + 32 * k;
         if (i < packs) {
             kept[k] = load<T, N>(x + row * C + i * N);
             if (delta != nullptr) {
-                packed<T, N> d = load<T, N>(delta + row * C + i * N);
+                added[k] = load<T, N>(delta + row * C + i * N);
+            }
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int i = lane + 32 * k;
+        if (i < packs) {
+            if (delta != nullptr) {
 #pragma unroll
                 for (int j = 0; j < N; j++) {
-                    kept[k].set(j, kept[k].f32(j) + d.f32(j));
+                    kept[k].set(j, kept[k].f32(j) + added[k].f32(j));
                 }
                 store(sum + row * C + i * N, kept[k]);
             }

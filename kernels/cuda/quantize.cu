@@ -1,303 +1,339 @@
-/* Uniform round-to-nearest-even quantization of one 2-D tensor, with its error beside it.
- * Refuses (counts) weights that are not finite and scales that their storage type cannot hold. */
-#include "kernels/cuda/device.cuh"
+/* Uniform round-to-nearest-even quantization of one 2-D tensor, with its error beside it: weights are read once, but for one group
+ * of the whole tensor. Refuses (counts) weights that are not finite and scales that their storage type cannot hold. */
+#include "kernels/cuda/quantize.cuh"
 extern "C" {
 #include "kernels/pack.h"
 }
 
-enum { THREADS = 256, WARPS = THREADS / 32, CODES = 256, RANGE_BLOCKS = 1024, TOTAL_THREADS = 256, PER_SM = 8 };
+namespace {
 
-/* Weights lie in [lo, hi], both of which include 0; bad: how many are not finite. */
-struct range {
-    float lo, hi;
-    long long bad;
-};
+enum { THREADS = 256, MOST_THREADS = 512, TOTAL_THREADS = 256, PER_SM = 2048 };
 
-/* low, high bound the code before `offset` is added (symmetric codes are stored from 0 up). */
-struct rule {
-    float scale;
-    int zero, low, high, offset;
-    bool held;
-};
-
-/* Per block, added in order. */
-struct error_part {
-    double sum_sq_error, sum_sq, max_error, sum_noise;
-};
-
-/* What one call works on; see ops.def. */
-struct job {
-    const float *w;
-    int64_t rows, cols, group, groups_per_row; /* 0 groups a row: one for the tensor */
-    uint8_t *codes, *zeros;
-    float *scales, *w_hat;
-    unsigned long long *refused;
-    bool symmetric, half_scale, measured;
-    int bits;
-};
-
-__device__ __forceinline__ range join(range a, range b) {
-    return {fminf(a.lo, b.lo), fmaxf(a.hi, b.hi), a.bad + b.bad};
-}
-__device__ __forceinline__ range warp_join(range r) {
+/* Over the LANES threads of a group, a warp or a part of one, in every one of them. */
+template <int LANES> __device__ __forceinline__ int32_t team_max(int32_t x) {
+    if constexpr (LANES == 32) {
+        return __reduce_max_sync(0xffffffffu, x);
+    } else {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        range other = {__shfl_xor_sync(0xffffffffu, r.lo, lanes), __shfl_xor_sync(0xffffffffu, r.hi, lanes),
-                       __shfl_xor_sync(0xffffffffu, r.bad, lanes)};
-        r = join(r, other);
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) {
+            x = max(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+        }
+        return x;
     }
+}
+
+/* Over a block of whole warps, in every thread; `shared` has 64 elements and may be used again after the call. */
+__device__ quant_range block_range(quant_range r, int32_t *shared) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    r.hi = __reduce_max_sync(0xffffffffu, r.hi);
+    r.minus_lo = __reduce_max_sync(0xffffffffu, r.minus_lo);
+    if (lane == 0) {
+        shared[warp] = r.hi;
+        shared[32 + warp] = r.minus_lo;
+    }
+    __syncthreads();
+    r.hi = __reduce_max_sync(0xffffffffu, lane < warps ? shared[lane] : 0);
+    r.minus_lo = __reduce_max_sync(0xffffffffu, lane < warps ? shared[32 + lane] : 0);
+    __syncthreads();
     return r;
 }
-__device__ __forceinline__ void widen(range &r, float w) {
-    r.lo = fminf(r.lo, w);
-    r.hi = fmaxf(r.hi, w);
-    r.bad += (__float_as_uint(w) & 0x7fffffffu) >= 0x7f800000u;
-}
 
-/* Scale and zero point of a range, as kernels/cpu/quantize.c: held is false where the scale is infinite, or 0 though the range is
- * not. */
-__device__ rule rule_of(const job &j, range r) {
-    int levels = j.symmetric ? (1 << (j.bits - 1)) - 1 : (1 << j.bits) - 1;
-    float span = j.symmetric ? fmaxf(-r.lo, r.hi) : r.hi - r.lo, scale = __fdiv_rn(span, (float)levels);
-    scale = j.half_scale ? __half2float(__float2half_rn(scale)) : scale;
-    rule g = {scale, 0, j.symmetric ? -levels : 0, levels, j.symmetric ? levels : 0, true};
-    if (span != 0.0f) {
-        g.held = isfinite(scale) && scale != 0.0f;
-        if (g.held && !j.symmetric) {
-            g.zero = (int)fminf(rintf(__fdiv_rn(-r.lo, scale)), (float)levels);
-        }
+struct span {
+    int64_t at, count;
+};
+__device__ __forceinline__ span span_of(const quant_job &j, int64_t group) {
+    if (j.groups_per_row * j.group == j.cols) {
+        return {group * j.group, j.group};
     }
-    return g;
+    int64_t row = group / j.groups_per_row, c = (group - row * j.groups_per_row) * j.group;
+    return {row * j.cols + c, j.cols - c < j.group ? j.cols - c : j.group};
 }
 
-__device__ __forceinline__ int code_of(const rule &g, float w, float divisor) {
-    int q = __float2int_rn(__fdiv_rn(w, divisor)) + g.zero;
-    q = q < g.low ? g.low : q;
-    return q > g.high ? g.high : q;
-}
-
-/* Weights [at, at + n) of one group by one warp, N an access; count: this warp's codes. */
-template <int N> __device__ void quantize_part(const job &j, const rule &g, int64_t at, int64_t n, error_part &e, uint32_t *count) {
-    float divisor = g.scale == 0.0f ? 1.0f : g.scale; /* scale 0: all weights are 0 */
-    for (int64_t i = at + threadIdx.x % 32 * N; i < at + n; i += 32 * N) {
-        packed<float, N> w = load<float, N>(j.w + i), value;
-        packed<uint8_t, N> code;
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            int q = code_of(g, w.at[k], divisor);
-            code.at[k] = (uint8_t)(q + g.offset);
-            value.at[k] = __fmul_rn((float)(q - g.zero), g.scale);
-            if (j.measured) {
-                double distance = fabs((double)w.at[k] - (double)value.at[k]);
-                e.sum_sq_error = fma(distance, distance, e.sum_sq_error);
-                e.sum_sq = fma((double)w.at[k], (double)w.at[k], e.sum_sq);
-                e.max_error = fmax(e.max_error, distance);
-                atomicAdd(&count[code.at[k]], 1u);
-            }
-        }
-        if (j.codes != nullptr) {
-            store(j.codes + i, code);
-        }
-        if (j.w_hat != nullptr) {
-            store(j.w_hat + i, value);
-        }
-    }
-    if (threadIdx.x % 32 == 0) {
-        e.sum_noise += (double)n * ((double)g.scale * (double)g.scale) / 12.0;
+__device__ __forceinline__ void keep_rule(const quant_job &j, const quant_rule &g, int64_t group) {
+    j.scales[group] = g.scale;
+    if (!j.symmetric && j.zeros != nullptr) {
+        j.zeros[group] = (uint8_t)g.zero;
     }
 }
 
-/* This block's error and codes, its warps and lanes in a fixed order. */
-__device__ void keep_errors(error_part e, const uint32_t (*count)[CODES], error_part *part, unsigned long long *code_count) {
-    __shared__ double shared[32];
-    __shared__ double most[WARPS];
-    e.sum_sq_error = block_sum(e.sum_sq_error, shared);
-    e.sum_sq = block_sum(e.sum_sq, shared);
-    e.sum_noise = block_sum(e.sum_noise, shared);
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        e.max_error = fmax(e.max_error, __shfl_xor_sync(0xffffffffu, e.max_error, lanes));
+__device__ __forceinline__ uint32_t count_bad(const float (&x)[HELD]) {
+    uint32_t bad = 0;
+    for (int k = 0; k < HELD; k++) {
+        bad += key_of(x[k]) >= CPL_KEY_INF;
     }
-    if (threadIdx.x % 32 == 0) {
-        most[threadIdx.x / 32] = e.max_error;
+    return bad;
+}
+
+__device__ __forceinline__ code_counters counters_of(const quant_job &j, uint32_t *table) {
+    for (int i = threadIdx.x; i < CODE_WORDS; i += blockDim.x) {
+        table[i] = 0;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int w = 0; w < WARPS; w++) {
-            e.max_error = fmax(e.max_error, most[w]);
-        }
-        part[blockIdx.x] = e;
-    }
-    for (int c = threadIdx.x; c < CODES; c += THREADS) {
-        unsigned long long sum = 0;
-        for (int w = 0; w < WARPS; w++) {
-            sum += count[w][c];
-        }
-        if (sum > 0) {
-            atomicAdd(&code_count[c], sum);
-        }
-    }
+    return {table, j.columns, (int)threadIdx.x & (j.columns - 1)};
 }
 
-/* A warp a group: its range, then its codes, from the first-level cache. With one group for the tensor the rule is there already
- * and a warp takes a row. */
-template <int N>
-__global__ void __launch_bounds__(THREADS)
-    quantize_kernel(job j, error_part *part, unsigned long long *code_count, const rule *whole) {
-    __shared__ uint32_t count[WARPS][CODES];
-    for (int i = threadIdx.x; i < WARPS * CODES; i += THREADS) {
-        count[i / CODES][i % CODES] = 0;
-    }
-    __syncthreads();
-    error_part e = {0, 0, 0, 0};
-    unsigned long long refused = 0;
-    int64_t per_row = j.groups_per_row > 0 ? j.groups_per_row : 1, width = j.groups_per_row > 0 ? j.group : j.cols;
-    for (int64_t g = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32; g < j.rows * per_row; g += (int64_t)gridDim.x * WARPS) {
-        int64_t c = g % per_row * width, at = g / per_row * j.cols + c, n = j.cols - c < width ? j.cols - c : width;
-        rule own;
-        if (j.groups_per_row > 0) {
-            range r = {0, 0, 0};
-            for (int64_t i = at + threadIdx.x % 32 * N; i < at + n; i += 32 * N) {
-                packed<float, N> w = load<float, N>(j.w + i);
-#pragma unroll
-                for (int k = 0; k < N; k++) {
-                    widen(r, w.at[k]);
-                }
-            }
-            r = warp_join(r);
-            own = rule_of(j, r);
-            refused += r.bad > 0 ? (unsigned long long)r.bad : own.held ? 0u : 1u;
-            if (threadIdx.x % 32 == 0) {
-                j.scales[g] = own.scale;
-                if (j.zeros != nullptr && !j.symmetric) {
-                    j.zeros[g] = (uint8_t)own.zero;
-                }
-            }
-        } else {
-            own = *whole;
+/* Groups that a warp or a part of it holds: LANES threads a group, 16 weights each. */
+template <int LANES, bool WIDE, bool MEASURED>
+__global__ void __launch_bounds__(THREADS) team_kernel(quant_job j, quant_error_part *parts) {
+    __shared__ uint32_t table[CODE_WORDS];
+    code_counters counters = counters_of(j, table);
+    quant_error_part e = {0, 0, 0, 0};
+    constexpr int TEAMS = THREADS / LANES;
+    int lane = threadIdx.x % LANES;
+    uint32_t refused = 0;
+    /* all lanes of a warp stay to the end: those without a group hold 0 weights */
+    for (int64_t base = blockIdx.x * (int64_t)TEAMS; base < j.groups; base += (int64_t)gridDim.x * TEAMS) {
+        int64_t group = base + threadIdx.x / LANES;
+        span s = {0, 0};
+        if (group < j.groups) {
+            s = span_of(j, group);
         }
-        quantize_part<N>(j, own, at, n, e, count[threadIdx.x / 32]);
+        float x[HELD];
+        quant_range r = {0, 0};
+        read_weights<WIDE>(x, j.w + s.at, 0, s.count, LANES, lane);
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            widen(r, x[k]);
+        }
+        r = {team_max<LANES>(r.hi), team_max<LANES>(r.minus_lo)};
+        quant_rule g = rule_of(j, r);
+        if (!is_finite(r)) {
+            refused += count_bad(x);
+        } else if (lane == 0) {
+            refused += !g.held;
+        }
+        if (lane == 0 && group < j.groups) {
+            keep_rule(j, g, group);
+            if (MEASURED) {
+                e.add_noise(g, s.count);
+            }
+        }
+        write_weights<WIDE, MEASURED>(j, g, x, s.at, 0, s.count, LANES, lane, e, counters);
     }
-    if (refused > 0 && threadIdx.x % 32 == 0) {
-        atomicAdd(j.refused, refused);
+    if (refused > 0) {
+        atomicAdd(j.refused, (unsigned long long)refused);
     }
-    if (j.measured) {
+    if (MEASURED) {
         __syncthreads();
-        keep_errors(e, count, part, code_count);
+        keep_errors(j, e, table, parts);
     }
 }
 
-__global__ void __launch_bounds__(THREADS) range_kernel(range *part, const float *w, int64_t n) {
-    __shared__ range shared[WARPS];
-    range r = {0, 0, 0};
-    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
-        widen(r, w[i]);
-    }
-    r = warp_join(r);
-    if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32] = r;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < WARPS; i++) {
-            r = join(r, shared[i]);
+/* A block a group: what the block holds at a time is read once where that is the whole group, else the range takes a first reading,
+ * and the second goes backwards, where the cache still has it. */
+template <bool WIDE, bool MEASURED>
+__global__ void __launch_bounds__(MOST_THREADS) block_kernel(quant_job j, quant_error_part *parts) {
+    __shared__ uint32_t table[CODE_WORDS];
+    __shared__ int32_t shared[64];
+    code_counters counters = counters_of(j, table);
+    quant_error_part e = {0, 0, 0, 0};
+    int lanes = blockDim.x, lane = threadIdx.x;
+    uint32_t refused = 0;
+    for (int64_t group = blockIdx.x; group < j.groups; group += gridDim.x) {
+        span s = span_of(j, group);
+        float x[HELD];
+        quant_range r = {0, 0};
+        uint32_t bad = 0;
+        int64_t start = 0;
+        for (;; start += (int64_t)lanes * HELD) {
+            read_weights<WIDE>(x, j.w + s.at, start, s.count, lanes, lane);
+#pragma unroll
+            for (int k = 0; k < HELD; k++) {
+                widen(r, x[k]);
+            }
+            if (!is_finite(r)) {
+                bad += count_bad(x);
+            }
+            if (start + (int64_t)lanes * HELD >= s.count) {
+                break;
+            }
         }
-        part[blockIdx.x] = r;
-    }
-}
-
-__global__ void whole_rule_kernel(job j, rule *whole, const range *part, int parts) {
-    range r = {0, 0, 0};
-    for (int i = threadIdx.x; i < parts; i += 32) {
-        r = join(r, part[i]);
-    }
-    r = warp_join(r);
-    if (threadIdx.x == 0) {
-        rule g = rule_of(j, r);
-        unsigned long long refused = r.bad > 0 ? (unsigned long long)r.bad : g.held ? 0u : 1u;
-        *whole = g;
-        j.scales[0] = g.scale;
-        if (j.zeros != nullptr && !j.symmetric) {
-            j.zeros[0] = (uint8_t)g.zero;
+        r = block_range(r, shared);
+        quant_rule g = rule_of(j, r);
+        refused += bad;
+        if (lane == 0) {
+            refused += is_finite(r) && !g.held;
+            keep_rule(j, g, group);
+            if (MEASURED) {
+                e.add_noise(g, s.count);
+            }
         }
-        *j.refused += refused;
-    }
-}
-
-__global__ void __launch_bounds__(TOTAL_THREADS) totals_kernel(cpl_quant_error *error, const error_part *part, int parts) {
-    __shared__ double shared[32];
-    double sums[3] = {0, 0, 0}, most = 0;
-    for (int i = threadIdx.x; i < parts; i += TOTAL_THREADS) {
-        sums[0] += part[i].sum_sq_error;
-        sums[1] += part[i].sum_sq;
-        sums[2] += part[i].sum_noise;
-        most = fmax(most, part[i].max_error);
-    }
-    for (int k = 0; k < 3; k++) {
-        sums[k] = block_sum(sums[k], shared);
-    }
-    __shared__ double all[TOTAL_THREADS];
-    all[threadIdx.x] = most;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < TOTAL_THREADS; i++) {
-            most = fmax(most, all[i]);
+        write_weights<WIDE, MEASURED>(j, g, x, s.at, start, s.count, lanes, lane, e, counters);
+        for (start -= (int64_t)lanes * HELD; start >= 0; start -= (int64_t)lanes * HELD) {
+            read_weights<WIDE>(x, j.w + s.at, start, s.count, lanes, lane);
+            write_weights<WIDE, MEASURED>(j, g, x, s.at, start, s.count, lanes, lane, e, counters);
         }
-        error->sum_sq_error += sums[0];
-        error->sum_sq += sums[1];
-        error->sum_noise += sums[2];
-        error->max_error = fmax(error->max_error, most);
+    }
+    if (refused > 0) {
+        atomicAdd(j.refused, (unsigned long long)refused);
+    }
+    if (MEASURED) {
+        __syncthreads();
+        keep_errors(j, e, table, parts);
     }
 }
 
-/* Scratch: the rule of the whole tensor, ranges of blocks, errors of blocks. */
+/* --- one group for the tensor: a range, raised by integer maxima, then codes by blocks of 16 weights a thread --- */
+
+template <bool WIDE> __global__ void __launch_bounds__(THREADS) range_kernel(quant_job j, quant_range *range, int64_t n) {
+    __shared__ int32_t shared[64];
+    quant_range r = {0, 0};
+    uint32_t bad = 0;
+    for (int64_t start = blockIdx.x * (int64_t)(THREADS * HELD); start < n; start += (int64_t)gridDim.x * THREADS * HELD) {
+        float x[HELD];
+        read_weights<WIDE>(x, j.w, start, n, THREADS, threadIdx.x);
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            widen(r, x[k]);
+        }
+        if (!is_finite(r)) {
+            bad += count_bad(x);
+        }
+    }
+    r = block_range(r, shared);
+    if (threadIdx.x == 0) {
+        atomicMax(&range->hi, r.hi);
+        atomicMax(&range->minus_lo, r.minus_lo);
+    }
+    if (bad > 0) {
+        atomicAdd(j.refused, (unsigned long long)bad);
+    }
+}
+
+template <bool WIDE, bool MEASURED>
+__global__ void __launch_bounds__(THREADS) whole_kernel(quant_job j, quant_error_part *parts, const quant_range *range, int64_t n) {
+    __shared__ uint32_t table[CODE_WORDS];
+    code_counters counters = counters_of(j, table);
+    quant_error_part e = {0, 0, 0, 0};
+    quant_range r = *range;
+    quant_rule g = rule_of(j, r);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        keep_rule(j, g, 0);
+        if (MEASURED) {
+            e.add_noise(g, n);
+        }
+        if (is_finite(r) && !g.held) {
+            atomicAdd(j.refused, 1ull);
+        }
+    }
+    for (int64_t start = blockIdx.x * (int64_t)(THREADS * HELD); start < n; start += (int64_t)gridDim.x * THREADS * HELD) {
+        float x[HELD];
+        read_weights<WIDE>(x, j.w, start, n, THREADS, threadIdx.x);
+        write_weights<WIDE, MEASURED>(j, g, x, 0, start, n, THREADS, threadIdx.x, e, counters);
+    }
+    if (MEASURED) {
+        __syncthreads();
+        keep_errors(j, e, table, parts);
+    }
+}
+
+/* One block: the errors of all blocks, in a fixed order. */
+__global__ void __launch_bounds__(TOTAL_THREADS) totals_kernel(cpl_quant_error *error, const quant_error_part *parts, int count) {
+    __shared__ double sums[32];
+    __shared__ float most[32];
+    quant_error_part all = {0, 0, 0, 0};
+    for (int i = threadIdx.x; i < count; i += TOTAL_THREADS) {
+        all.sum_sq_error += parts[i].sum_sq_error;
+        all.sum_sq += parts[i].sum_sq;
+        all.sum_noise += parts[i].sum_noise;
+        all.max_error = fmaxf(all.max_error, parts[i].max_error);
+    }
+    all.sum_sq_error = block_sum(all.sum_sq_error, sums);
+    all.sum_sq = block_sum(all.sum_sq, sums);
+    all.sum_noise = block_sum(all.sum_noise, sums);
+    all.max_error = block_max(all.max_error, most);
+    if (threadIdx.x == 0) {
+        error->sum_sq_error += all.sum_sq_error;
+        error->sum_sq += all.sum_sq;
+        error->sum_noise += all.sum_noise;
+        error->max_error = fmax(error->max_error, (double)all.max_error);
+    }
+}
+
+/* Threads of a block for a group of `count` weights that no warp holds. */
+int block_threads(int64_t count) {
+    int64_t threads = cpl_ceil_div(cpl_ceil_div(count, HELD), 32) * 32;
+    return threads < MOST_THREADS ? (int)threads : (int)MOST_THREADS;
+}
+
+template <bool WIDE, bool MEASURED>
+int launch(cpl_device *dev, const quant_job &j, quant_error_part *parts, quant_range *range, int64_t n) {
+    cudaStream_t stream = cpl_cuda_stream(dev);
+    int blocks;
+    auto teams = [&](int lanes, auto kernel) {
+        blocks = grid_for(dev, j.groups, THREADS / lanes, PER_SM / THREADS);
+        kernel<<<blocks, THREADS, 0, stream>>>(j, parts);
+    };
+    if (range != NULL) {
+        blocks = grid_for(dev, n, THREADS * HELD, PER_SM / THREADS);
+        range_kernel<WIDE><<<blocks, THREADS, 0, stream>>>(j, range, n);
+        whole_kernel<WIDE, MEASURED><<<blocks, THREADS, 0, stream>>>(j, parts, range, n);
+    } else if (j.group <= 2 * HELD) {
+        teams(2, team_kernel<2, WIDE, MEASURED>);
+    } else if (j.group <= 4 * HELD) {
+        teams(4, team_kernel<4, WIDE, MEASURED>);
+    } else if (j.group <= 8 * HELD) {
+        teams(8, team_kernel<8, WIDE, MEASURED>);
+    } else if (j.group <= 32 * HELD) {
+        teams(32, team_kernel<32, WIDE, MEASURED>);
+    } else {
+        int threads = block_threads(j.group);
+        blocks = grid_for(dev, j.groups, 1, PER_SM / threads);
+        block_kernel<WIDE, MEASURED><<<blocks, threads, 0, stream>>>(j, parts);
+    }
+    return blocks;
+}
+
+} // namespace
+
+/* Scratch: the range of the whole tensor, then the errors of blocks (PER_SM / 32 an SM at the most). */
 extern "C" cpl_status CPL_CUDA(quantize)(cpl_device *dev, const cpl_quant_spec *spec, const float *w, int64_t rows, int64_t cols,
                                          uint8_t *codes, float *scales, uint8_t *zeros, float *w_hat, cpl_quant_error *error,
                                          int64_t *refused) {
     int64_t groups = 0;
     char *scratch = NULL;
-    cudaStream_t stream = cpl_cuda_stream(dev);
     cpl_status st = cpl_quant_groups(spec, rows, cols, &groups);
     if (st != CPL_OK || groups == 0) {
         return st;
     }
-    bool whole = spec->group > cols,
-         wide = aligned16(w, w_hat) && (uintptr_t)codes % 4 == 0 && cols % 4 == 0 && spec->group % 4 == 0;
-    job j = {w,
-             rows,
-             cols,
-             spec->group,
-             whole ? 0 : cpl_ceil_div(cols, spec->group),
-             codes,
-             zeros,
-             scales,
-             w_hat,
-             (unsigned long long *)refused,
-             spec->scheme == CPL_QUANT_SYMMETRIC,
-             spec->scale_dtype == CPL_F16,
-             error != NULL,
-             spec->bits};
-    int blocks = grid_for(dev, whole ? rows : groups, WARPS, PER_SM), ranges = grid_for(dev, rows * cols, THREADS * 16, 4);
-    ranges = ranges < RANGE_BLOCKS ? ranges : RANGE_BLOCKS;
-    st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, 256 + RANGE_BLOCKS * sizeof(range) + (size_t)blocks * sizeof(error_part),
-                          &scratch);
+    size_t most_blocks = (size_t)cpl_cuda_of(dev)->sm_count * (PER_SM / 32);
+    st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, 64 + most_blocks * sizeof(quant_error_part), &scratch);
     if (st != CPL_OK) {
         return st;
     }
-    rule *own = (rule *)scratch;
-    range *part = (range *)(scratch + 256);
-    error_part *errors = (error_part *)(scratch + 256 + RANGE_BLOCKS * sizeof(range));
-    unsigned long long *code_count = error == NULL ? NULL : (unsigned long long *)error->code_count;
+    bool whole = spec->group > cols, wide = aligned16(w, w_hat) && (uintptr_t)codes % 4 == 0;
+    wide = wide && (whole ? rows * cols % 4 == 0 : cols % 4 == 0 && spec->group % 4 == 0);
+    quant_range *range = whole ? (quant_range *)scratch : NULL;
+    quant_error_part *parts = (quant_error_part *)(scratch + 64);
+    quant_job j = {};
+    j.w = w;
+    j.codes = codes;
+    j.zeros = zeros;
+    j.scales = scales;
+    j.w_hat = w_hat;
+    j.refused = (unsigned long long *)refused;
+    j.code_count = error == NULL ? NULL : (unsigned long long *)error->code_count;
+    j.cols = cols;
+    j.group = spec->group;
+    j.groups_per_row = whole ? 0 : cpl_ceil_div(cols, spec->group);
+    j.groups = groups;
+    j.bits = spec->bits;
+    j.columns = spec->bits <= 5 ? 32 : CODE_WORDS >> spec->bits;
+    j.symmetric = spec->scheme == CPL_QUANT_SYMMETRIC;
+    j.half_scale = spec->scale_dtype == CPL_F16;
     if (whole) {
-        range_kernel<<<ranges, THREADS, 0, stream>>>(part, w, rows * cols);
-        whole_rule_kernel<<<1, 32, 0, stream>>>(j, own, part, ranges);
+        st = CPL_CUDA(zero)(dev, range, sizeof *range);
+        if (st != CPL_OK) {
+            return st;
+        }
     }
-    if (wide) {
-        quantize_kernel<4><<<blocks, THREADS, 0, stream>>>(j, errors, code_count, own);
-    } else {
-        quantize_kernel<1><<<blocks, THREADS, 0, stream>>>(j, errors, code_count, own);
-    }
-    if (error != NULL) {
-        totals_kernel<<<1, TOTAL_THREADS, 0, stream>>>(error, errors, blocks);
+    bool measured = error != NULL;
+    int blocks = wide       ? measured ? launch<true, true>(dev, j, parts, range, rows * cols)
+                                       : launch<true, false>(dev, j, parts, range, rows * cols)
+                       : measured ? launch<false, true>(dev, j, parts, range, rows * cols)
+                            : launch<false, false>(dev, j, parts, range, rows * cols);
+    if (measured) {
+        totals_kernel<<<1, TOTAL_THREADS, 0, cpl_cuda_stream(dev)>>>(error, parts, blocks);
     }
     return cpl_cuda_launched(dev, "quantize");
 }
