@@ -54,7 +54,7 @@ static cpl_status run_apply(void *c) {
 
 static cpl_status run_scan(void *c) {
     const flat *f = c;
-    return CPL_OPS(f->dev, grad_scan, f->kinds + 1, f->kinds, f->grad, f->layout->begin, f->layout->count);
+    return CPL_OPS(f->dev, grad_scan, f->kinds + 1, f->kinds, NULL, f->grad, f->layout->begin, f->layout->count);
 }
 
 static cpl_status run_adamw(void *c) {

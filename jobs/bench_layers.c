@@ -31,11 +31,12 @@ static cpl_status run_linear(void *c) {
 }
 static cpl_status run_linear_input(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, linear_bwd_input, l->dt, l->pre, l->y, l->weight, NULL, l->R, l->N, l->K);
+    return CPL_OPS(l->dev, linear_bwd_input, l->dt, l->pre, NULL, l->y, l->weight, NULL, l->R, l->N, l->K);
 }
 static cpl_status run_linear_weight(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, linear_bwd_weight, l->dt, l->dweight, l->weight == l->wte ? NULL : l->db, l->y, l->x, l->R, l->N, l->K);
+    return CPL_OPS(l->dev, linear_bwd_weight, l->dt, l->dweight, l->weight == l->wte ? NULL : l->db, l->y, l->x, l->R, l->N, l->K,
+                   false);
 }
 static cpl_status run_attention(void *c) {
     const layers *l = c;
@@ -51,7 +52,7 @@ static cpl_status run_norm(void *c) {
 }
 static cpl_status run_norm_bwd(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, layernorm_bwd, l->dt, l->y, l->dw, l->db, l->delta, l->delta, l->x, l->mean, l->rstd, l->bias, l->R,
+    return CPL_OPS(l->dev, layernorm_bwd, l->dt, l->y, l->dw, l->db, NULL, l->delta, l->delta, l->x, l->mean, l->rstd, l->bias, l->R,
                    l->C);
 }
 static cpl_status run_gelu(void *c) {

@@ -21,7 +21,7 @@ static cpl_status multiply(void *context) {
 
 static cpl_status backward(void *context) {
     const product *p = context;
-    return CPL_OPS(p->dev, linear_bwd_input, p->dt, p->x, p->y, p->w, NULL, p->R, p->N, p->K);
+    return CPL_OPS(p->dev, linear_bwd_input, p->dt, p->x, NULL, p->y, p->w, NULL, p->R, p->N, p->K);
 }
 
 cpl_status cpl_bench_normals(const cpl_bench *b, cpl_dtype dt, int64_t n, float scale, uint32_t stream, void *out) {

@@ -131,14 +131,14 @@ int64_t cpl_steps_bytes(const cpl_layout *layout, const cpl_training *t, int ran
 
 /* --- what a step enqueues --- */
 
-/* Forward and backward of this rank's micro-batch i of the step into grad. */
-static cpl_status micro_batch(cpl_steps *s, int64_t i, float *grad) {
+/* Forward and backward of this rank's micro-batch i of the step into grad, += or =. */
+static cpl_status micro_batch(cpl_steps *s, int64_t i, float *grad, bool overwrites) {
     cpl_status st = CPL_OK;
     int64_t g = s->owns[cpl_comm_rank(s->comm)] + i;
     const int32_t *tokens = s->tokens + i * s->rows, *targets = tokens + s->own * s->rows;
     cpl_model_loss loss = s->spec->loss == NULL ? (cpl_model_loss){0} : *s->spec->loss;
     loss.hidden = s->sums + 2 * s->G + g;
-    CPL_TRY(cpl_model_step(s->ws, s->opt->work, tokens, targets, &loss, s->opt->state, grad, s->soft, s->hard));
+    CPL_TRY(cpl_model_step(s->ws, s->opt->work, tokens, targets, &loss, s->opt->state, grad, overwrites, s->soft, s->hard));
     if (s->spec->loss != NULL) {
         CPL_TRY(CPL_OPS(s->dev, sum_f32, s->sums + g, s->soft, s->rows));
     }
@@ -151,11 +151,8 @@ done:
  */
 static cpl_status tree_sum(cpl_steps *s, int64_t first, int64_t last, int depth) {
     cpl_status st = CPL_OK;
-    size_t bytes = (size_t)s->spec->layout->total * sizeof(float);
     if (last - first == 1) {
-        CPL_TRY(CPL_OPS(s->dev, zero, s->tree[depth], bytes));
-        CPL_TRY(micro_batch(s, first, s->tree[depth]));
-        return CPL_OK;
+        return micro_batch(s, first, s->tree[depth], true);
     }
     int64_t middle = first + (last - first) / 2;
     CPL_TRY(tree_sum(s, first, middle, depth));
@@ -183,9 +180,8 @@ static cpl_status accumulate(cpl_steps *s) {
     if (s->t->reduction == CPL_REDUCTION_TREE) {
         CPL_TRY(tree_sum(s, 0, s->own, 0));
     } else {
-        CPL_TRY(CPL_OPS(s->dev, zero, s->opt->grad, (size_t)s->spec->layout->total * sizeof(float)));
         for (int64_t i = 0; i < s->own; i++) {
-            CPL_TRY(micro_batch(s, i, s->opt->grad));
+            CPL_TRY(micro_batch(s, i, s->opt->grad, i == 0));
         }
     }
     if (injects(s)) {

@@ -71,7 +71,7 @@ done:
 }
 
 cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *targets, const cpl_model_loss *loss,
-                         const cpl_step_state *state, float *grad, float *soft, float *hard) {
+                         const cpl_step_state *state, float *grad, bool overwrites, float *soft, float *hard) {
     cpl_status st = CPL_OK;
     cpl_workspace *teacher = loss == NULL ? NULL : loss->teacher_workspace;
     const cpl_param *wte = cpl_layout_wte(ws->layout);
@@ -87,8 +87,9 @@ cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *
         rows = ws->R - first < most ? ws->R - first : most;
         CPL_TRY(cpl_model_logits_rows(ws, weights, first, rows, &logits));
         CPL_TRY(loss_of_rows(ws, first, rows, targets, loss, row_weight, state, soft, hard));
-        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->dt, grad + wte->offset, NULL, logits, hidden, rows, V, C));
-        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->dt, cpl_act_at(ws, ws->delta, first * C), logits,
+        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->dt, grad + wte->offset, NULL, logits, hidden, rows, V, C,
+                        overwrites && first == 0));
+        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->dt, cpl_act_at(ws, ws->delta, first * C), NULL, logits,
                         cpl_weight(ws, weights, wte), NULL, rows, V, C));
     }
 done:

@@ -54,16 +54,17 @@ static inline const void *cpl_block_weight(const cpl_workspace *ws, const void *
  * rerun: computes the same activations again from sum1, without that last product. */
 cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t layer, const void *x, const void *delta, bool rerun);
 
-/* Head, loss, and their backward after cpl_model_forward: ws->delta = gradient over `hidden`, gradient of wte +=. */
+/* Head, loss, and their backward after cpl_model_forward: ws->delta = gradient over `hidden`, gradient of wte += or =. */
 cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *targets, const cpl_model_loss *loss,
-                         const cpl_step_state *state, float *grad, float *soft, float *hard);
+                         const cpl_step_state *state, float *grad, bool overwrites, float *soft, float *hard);
 
 /* Hidden-state loss after cpl_model_forward of student and teacher and the backward pass of the last LayerNorm: ws->dsum, the
  * gradients of the last LayerNorm and of the projection +=, loss->hidden +=. Overwrites ws->delta and the teacher's activations but
  * its `hidden`. */
 cpl_status cpl_hidden_step(cpl_workspace *ws, const void *weights, const cpl_model_loss *loss, const cpl_step_state *state,
                            float *grad);
-/* Backward of the last LayerNorm: ws->dsum = LayerNorm'(ws->delta) + dres (NULL: none; may be ws->dsum). */
-cpl_status cpl_final_norm_backward(cpl_workspace *ws, const void *weights, const void *dres, float *grad);
+/* Backward of the last LayerNorm: ws->dsum = LayerNorm'(ws->delta) + dres (NULL: none; may be ws->dsum). whole: that is all of the
+ * gradient there, so that the last block's bias can be told. */
+cpl_status cpl_final_norm_backward(cpl_workspace *ws, const void *weights, const void *dres, float *grad, bool whole);
 
 #endif

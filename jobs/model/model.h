@@ -116,12 +116,14 @@ double cpl_model_loss_total(const cpl_model_loss *loss, double soft, double hard
 cpl_status cpl_model_forward(cpl_workspace *ws, const void *weights, const int32_t *tokens);
 /* Head and loss after cpl_model_forward, without gradients: losses [B*T] f32 on the device (mean not taken). */
 cpl_status cpl_model_losses(cpl_workspace *ws, const void *weights, const int32_t *targets, float *losses);
-/* Forward, loss and backward of one micro-batch: grad [total] f32 += d(state->loss_scale * mean loss).
+/* Forward, loss and backward of one micro-batch: grad [total] f32 += d(state->loss_scale * mean loss), or = where `overwrites` (gaps
+ * between tensors stay as they are).
  * hard [B*T] f32: cross-entropy of each row; soft [B*T] f32: distillation loss of each row (numerics: loss, distillation), not
  * written and may be NULL without a teacher. Enqueues only: the host waits for nothing. Deterministic; the same bits for every
  * `recompute`. Errors: CPL_USAGE where teacher and student do not fit; CPL_INTERNAL for a workspace made without training. */
 cpl_status cpl_model_step(cpl_workspace *ws, const void *weights, const int32_t *tokens, const int32_t *targets,
-                          const cpl_model_loss *loss, const cpl_step_state *state, float *grad, float *soft, float *hard);
+                          const cpl_model_loss *loss, const cpl_step_state *state, float *grad, bool overwrites, float *soft,
+                          float *hard);
 /* Logits of rows [first_row, first_row + rows) after cpl_model_forward, rows <= cpl_workspace_loss_rows: *logits [rows, V] act,
  * device memory of the workspace, valid until its next use. Row b*T + t is position t of sequence b. */
 cpl_status cpl_model_logits_rows(cpl_workspace *ws, const void *weights, int64_t first_row, int64_t rows, void **logits);

@@ -96,14 +96,17 @@ static void carve_all(cpl_workspace *ws, carver *c) {
     ws->logits = carve(c, ws->loss_rows, ws->layout->shape.vocab, cpl_dtype_size(ws->dt));
 }
 
-/* Logits as large as the activations of one block, but at least logits_least, in even chunks: products of few rows are slow. */
+/* Logits as large as the activations of one block, or an eighth of all blocks', but at least logits_least, in even chunks: products of
+ * few rows are slow, and each chunk reads and writes the gradient of wte. */
 static int64_t default_loss_rows(const cpl_workspace *ws) {
-    enum { BLOCK_ACTIVATIONS = 16 }; /* [R,C] buffers of a block: carve_training */
-    size_t element = cpl_dtype_size(ws->dt), limit = 0;
+    enum { BLOCK_ACTIVATIONS = 16, SHARE = 8 }; /* [R,C] buffers of a block: carve_training */
+    size_t element = cpl_dtype_size(ws->dt), limit = 0, blocks = 0;
     if (!cpl_mul_size((size_t)ws->R, (size_t)ws->layout->shape.width, &limit) ||
-        !cpl_mul_size(limit, BLOCK_ACTIVATIONS * element, &limit) || limit < logits_least) {
-        limit = logits_least;
+        !cpl_mul_size(limit, BLOCK_ACTIVATIONS * element, &limit) ||
+        !cpl_mul_size(limit, (size_t)ws->layout->shape.layers, &blocks) || limit < logits_least) {
+        limit = blocks = logits_least;
     }
+    limit = blocks / SHARE > limit ? blocks / SHARE : limit;
     int64_t most = (int64_t)(limit / ((size_t)ws->layout->shape.vocab * element));
     most = most < 1 ? 1 : most < ws->R ? most : ws->R;
     int64_t chunks = (ws->R - 1) / most + 1, rows = (ws->R - 1) / chunks + 1;

@@ -169,7 +169,8 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
 cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
-    CPL_TRY(CPL_OPS(o->dev, grad_scan, o->kinds, o->overflow, o->grad, o->layout->begin, o->layout->count));
+    double *chunk_sums = cpl_comm_size(o->comm) == 1 ? o->chunk_sums : NULL; /* else of the sum over ranks, in decide */
+    CPL_TRY(CPL_OPS(o->dev, grad_scan, o->kinds, o->overflow, chunk_sums, o->grad, o->layout->begin, o->layout->count));
 done:
     return st;
 }
@@ -198,8 +199,10 @@ done:
 static cpl_status decide(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int rank = cpl_comm_rank(o->comm);
-    CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
-    CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
+    if (cpl_comm_size(o->comm) > 1) {
+        CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
+        CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
+    }
     CPL_TRY(CPL_OPS(o->dev, step_control, o->state, &o->rules, o->overflow, o->chunk_sums, chunks_of(o->layout)));
 done:
     return st;

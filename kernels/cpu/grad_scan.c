@@ -26,8 +26,8 @@ static uint32_t kinds_in(const float *x, int64_t n) {
     return kinds;
 }
 
-cpl_status CPL_CPU(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin,
-                              int64_t tensors) {
+cpl_status CPL_CPU(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, double *chunk_sums, const float *grad,
+                              const int64_t *begin, int64_t tensors) {
     uint32_t found_any = 0;
     memset(kinds, 0, (size_t)tensors * sizeof *kinds);
 #pragma omp parallel num_threads(cpl_cpu_team(dev, tensors > 0 ? begin[tensors] - begin[0] : 0)) reduction(| : found_any)
@@ -46,7 +46,8 @@ cpl_status CPL_CPU(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, c
         }
     }
     *any |= found_any != 0;
-    return CPL_OK;
+    return chunk_sums == NULL ? CPL_OK
+                              : CPL_CPU(sum_squares)(dev, chunk_sums, grad + begin[0], begin[tensors] - begin[0]);
 }
 
 cpl_status CPL_CPU(sum_squares)(cpl_device *dev, double *chunk_sums, const float *x, int64_t n) {

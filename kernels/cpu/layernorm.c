@@ -68,11 +68,11 @@ done:
     return st;
 }
 
-/* One row: h = (x - mean) rstd, e = dy g;  dx = rstd (e - mean(e) - h mean(e h)) + dres;  dg += dy h, db += dy. */
+/* One row: h = (x - mean) rstd, e = dy g;  dx = rstd (e - mean(e) - h mean(e h)) + dres;  dg += dy h, db += dy, dbias += dx. */
 typedef struct {
-    const float *gain; /* borrowed [C] */
-    float *h, *e;      /* borrowed [C], scratch */
-    float *dg, *db;    /* borrowed [C], partial sums */
+    const float *gain;      /* borrowed [C] */
+    float *h, *e;           /* borrowed [C], scratch */
+    float *dg, *db, *dbias; /* borrowed [C], partial sums */
     int64_t C;
 } backward_row;
 
@@ -82,6 +82,7 @@ static void row_backward(const backward_row *w, float *dx, const float *dy, cons
     float *restrict e = w->e;
     float *restrict dg = w->dg;
     float *restrict db = w->db;
+    float *restrict dbias = w->dbias;
     const float *restrict gain = w->gain;
 #pragma omp simd
     for (int64_t j = 0; j < w->C; j++) {
@@ -95,30 +96,33 @@ static void row_backward(const backward_row *w, float *dx, const float *dy, cons
 #pragma omp simd
     for (int64_t j = 0; j < w->C; j++) {
         float d = (e[j] - e_mean - h[j] * eh_mean) * rstd;
-        dx[j] = dres != NULL ? d + dres[j] : d;
+        d = dres != NULL ? d + dres[j] : d;
+        dbias[j] += d;
+        dx[j] = d;
     }
 }
 
-cpl_status CPL_CPU(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, void *dx, float *dg, float *db, const void *dy, const void *dres,
-                                  const void *x, const float *mean, const float *rstd, const void *g, int64_t R, int64_t C) {
+cpl_status CPL_CPU(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, void *dx, float *dg, float *db, float *dbias, const void *dy,
+                                  const void *dres, const void *x, const float *mean, const float *rstd, const void *g, int64_t R, int64_t C) {
     cpl_status st = CPL_OK;
-    /* dg and db: partial sums over at most 64 blocks of rows, a function of R alone, added in order. */
+    enum { SUMS = 3 }; /* dg, db, dbias: partial sums over at most 64 blocks of rows, a function of R alone, added in order. */
     int64_t rows = cpl_ceil_div(R, 64) > 16 ? cpl_ceil_div(R, 64) : 16;
     int64_t blocks = cpl_ceil_div(R, rows);
     int team = (int)cpl_min_i64(cpl_cpu_team(dev, R * C), blocks > 0 ? blocks : 1);
     int64_t stride;
     float *buffers = NULL;
-    float *partial = NULL; /* [blocks][2][C] */
+    float *partial = NULL; /* [blocks][SUMS][C] */
     CPL_TRY(row_buffers(dev, 6, team, C, &buffers, &stride));
-    CPL_TRY(cpl_cpu_scratch(dev, CPL_SCRATCH_Y, (size_t)(blocks * 2 * C) * sizeof *partial, &partial));
+    CPL_TRY(cpl_cpu_scratch(dev, CPL_SCRATCH_Y, (size_t)(blocks * SUMS * C) * sizeof *partial, &partial));
     float *gain = buffers + 6 * team * stride;
     cpl_load_act(dt, gain, g, 0, C);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
         float *own = buffers + 6 * omp_get_thread_num() * stride;
+        float *sums = partial + SUMS * block * C;
         backward_row w = {
-            .gain = gain, .h = own, .e = own + stride, .dg = partial + 2 * block * C, .db = partial + (2 * block + 1) * C, .C = C};
-        memset(w.dg, 0, (size_t)(2 * C) * sizeof *w.dg);
+            .gain = gain, .h = own, .e = own + stride, .dg = sums, .db = sums + C, .dbias = sums + 2 * C, .C = C};
+        memset(sums, 0, (size_t)(SUMS * C) * sizeof *sums);
         for (int64_t r = block * rows; r < cpl_min_i64(R, (block + 1) * rows); r++) {
             const float *dy_row = cpl_view_act(dt, own + 2 * stride, dy, r * C, C);
             const float *x_row = cpl_view_act(dt, own + 3 * stride, x, r * C, C);
@@ -130,14 +134,17 @@ cpl_status CPL_CPU(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, void *dx, float
     }
 #pragma omp parallel for num_threads(cpl_cpu_team(dev, blocks *C)) schedule(static)
     for (int64_t j = 0; j < C; j++) {
-        float sum_g = 0.0f;
-        float sum_b = 0.0f;
+        float sum[SUMS] = {0};
         for (int64_t block = 0; block < blocks; block++) {
-            sum_g += partial[2 * block * C + j];
-            sum_b += partial[(2 * block + 1) * C + j];
+            for (int k = 0; k < SUMS; k++) {
+                sum[k] += partial[(SUMS * block + k) * C + j];
+            }
         }
-        dg[j] += sum_g;
-        db[j] += sum_b;
+        dg[j] += sum[0];
+        db[j] += sum[1];
+        if (dbias != NULL) {
+            dbias[j] += sum[2];
+        }
     }
 done:
     return st;

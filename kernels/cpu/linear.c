@@ -162,7 +162,7 @@ static void finish_forward(const void *layer, const tile *t) {
                 v[j] += bias[j];
             }
         }
-        if (f->activation == CPL_ACT_GELU) {
+        if (f->activation != CPL_ACT_NONE) {
             cpl_round_act(f->dt, v, t->cols);
             if (f->pre != NULL) {
                 cpl_store_act(f->dt, f->pre, at, v, t->cols);
@@ -227,21 +227,7 @@ static void finish_backward(const void *layer, const tile *t) {
     }
 }
 
-cpl_status CPL_CPU(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, const void *dy, const void *w, const void *pre,
-                                     int64_t R, int64_t N, int64_t K) {
-    cpl_status st = CPL_OK;
-    operand a;
-    operand b;
-    cpl_gemm_call g = {.dt = native_bf16(dt) ? dt : CPL_F32, .m = R, .n = K, .k = N, .c = dt == CPL_F32 ? dx : NULL, .ldc = K};
-    CPL_TRY(straight(dev, dt, false, CPL_SCRATCH_X, dy, R, N, &a));
-    CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_W, w, N, K, &b));
-    const backward layer = {.dt = dt, .dx = dx, .pre = pre, .K = K};
-    CPL_TRY(product(dev, &g, &a, &b, TILE_ROWS, TILE_COLS, finish_backward, &layer));
-done:
-    return st;
-}
-
-/* db += column sums of dy: sums over blocks of rows, then those in order. dy [R,N] as an operand, f32 or bf16. */
+/* db += column sums of dy: sums over blocks of rows, then those in order. dy [R,N] as an operand, of type dt. */
 static cpl_status column_sums(cpl_device *dev, cpl_dtype dt, float *db, const operand *dy, int64_t R, int64_t N) {
     cpl_status st = CPL_OK;
     enum { ROWS = 32 };
@@ -274,13 +260,37 @@ done:
     return st;
 }
 
-cpl_status CPL_CPU(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x, int64_t R,
-                                      int64_t N, int64_t K) {
+cpl_status CPL_CPU(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
+                                     const void *pre, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
     operand a;
     operand b;
-    cpl_gemm_call g = {
-        .dt = native_bf16(dt) ? dt : CPL_F32, .a_trans = true, .m = N, .n = K, .k = R, .c = dw, .ldc = K, .beta = 1.0f};
+    cpl_gemm_call g = {.dt = native_bf16(dt) ? dt : CPL_F32, .m = R, .n = K, .k = N, .c = dt == CPL_F32 ? dx : NULL, .ldc = K};
+    CPL_TRY(straight(dev, dt, false, CPL_SCRATCH_X, dy, R, N, &a));
+    CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_W, w, N, K, &b));
+    const backward layer = {.dt = dt, .dx = dx, .pre = pre, .K = K};
+    CPL_TRY(product(dev, &g, &a, &b, TILE_ROWS, TILE_COLS, finish_backward, &layer));
+    if (dbias != NULL) {
+        const operand made = {.x = dx, .ld = K};
+        CPL_TRY(column_sums(dev, dt, dbias, &made, R, K));
+    }
+done:
+    return st;
+}
+
+cpl_status CPL_CPU(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x, int64_t R,
+                                      int64_t N, int64_t K, bool overwrites) {
+    cpl_status st = CPL_OK;
+    operand a;
+    operand b;
+    cpl_gemm_call g = {.dt = native_bf16(dt) ? dt : CPL_F32,
+                       .a_trans = true,
+                       .m = N,
+                       .n = K,
+                       .k = R,
+                       .c = dw,
+                       .ldc = K,
+                       .beta = overwrites ? 0.0f : 1.0f};
     CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_W, dy, R, N, &a));
     if (db != NULL) {
         CPL_TRY(column_sums(dev, g.dt, db, &a, R, N));

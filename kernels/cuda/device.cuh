@@ -7,6 +7,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <cstring>
+#include <type_traits>
 
 /* Storage type of a cpl_dtype: cpl_dispatch(dt, [&](auto zero) { using T = decltype(zero); ... }). */
 template <typename F> static inline void cpl_dispatch(cpl_dtype dt, F f) {
@@ -46,6 +48,39 @@ template <typename T, int N> struct alignas(sizeof(T) * N) packed {
     __device__ __forceinline__ float f32(int i) const { return to_f32(at[i]); }
     __device__ __forceinline__ void set(int i, float x) { at[i] = from_f32<T>(x); }
 };
+/* 16 bytes of T as 4 registers. The compiler gives each element of a packed<16-bit type> a register of its own where it must live long; of
+ * words it keeps the words and converts where an element is used. */
+template <typename T> struct words {
+    uint32_t at[4];
+    __device__ __forceinline__ float f32(int i) const {
+        if constexpr (sizeof(T) == 4) {
+            return __uint_as_float(at[i]);
+        } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+            return __uint_as_float(i % 2 ? at[i / 2] & 0xffff0000u : at[i / 2] << 16);
+        } else {
+            return __half2float(__ushort_as_half((unsigned short)(i % 2 ? at[i / 2] >> 16 : at[i / 2] & 0xffffu)));
+        }
+    }
+    /* Elements 2 i and 2 i + 1, or element i of f32 (b unused). */
+    __device__ __forceinline__ void set(int i, float a, float b) {
+        if constexpr (sizeof(T) == 4) {
+            at[i] = __float_as_uint(a);
+        } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+            __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+            memcpy(&at[i], &pair, 4);
+        } else {
+            __half2 pair = __floats2half2_rn(a, b);
+            memcpy(&at[i], &pair, 4);
+        }
+    }
+};
+template <typename T> __device__ __forceinline__ words<T> load_words(const T *p) {
+    uint4 x = *reinterpret_cast<const uint4 *>(p);
+    return {{x.x, x.y, x.z, x.w}};
+}
+template <typename T> __device__ __forceinline__ void store_words(T *p, const words<T> &x) {
+    *reinterpret_cast<uint4 *>(p) = make_uint4(x.at[0], x.at[1], x.at[2], x.at[3]);
+}
 /* Elements of T in 16 bytes. */
 template <typename T> constexpr int pack_of = 16 / sizeof(T);
 template <typename T, int N> __device__ __forceinline__ packed<T, N> load(const T *p) {

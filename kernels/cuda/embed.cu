@@ -3,7 +3,7 @@
 #include "kernels/cuda/device.cuh"
 #include <cub/device/device_radix_sort.cuh>
 
-enum { THREADS = 256, PIECE = 64, COLUMN_THREADS = 128 };
+enum { THREADS = 256, PIECE = 16, COLUMN_THREADS = 128 };
 
 template <typename T, int N>
 __global__ void forward_kernel(T *x, const int32_t *tokens, const T *wte, const T *wpe, int64_t rows, int64_t T_, int packs) {

@@ -40,9 +40,14 @@ __device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const flo
     }
 }
 
-/* A block a piece of [origin, end). The usual piece is finite, which its largest key tells. */
-__global__ void __launch_bounds__(THREADS) scan_kernel(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin,
-                                                       int64_t tensors, int64_t origin, int64_t end, bool wide) {
+/* A block a piece of [origin, end). The usual piece is finite, which its largest key tells. SUMS: with the sums of squares of the
+ * chunks of a piece, of the bits that chunk_kernel gives them. */
+template <bool SUMS>
+__global__ void __launch_bounds__(THREADS)
+    scan_kernel(uint32_t *kinds, uint32_t *any, double *chunk_sums, const float *grad, const int64_t *begin, int64_t tensors,
+                int64_t origin, int64_t end, bool wide) {
+    constexpr int CHUNKS = PIECE / CPL_SUM_CHUNK;
+    __shared__ double shared[32];
     int64_t first = origin + blockIdx.x * (int64_t)PIECE, last = first + PIECE < end ? first + PIECE : end;
     uint32_t largest = 0;
     if (wide && last - first == PIECE) {
@@ -58,10 +63,34 @@ __global__ void __launch_bounds__(THREADS) scan_kernel(uint32_t *kinds, uint32_t
                 largest = max(largest, key_of(x[k].at[j]));
             }
         }
+        if (SUMS) {
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                double sum = 0;
+#pragma unroll
+                for (int k = c * LOADS / CHUNKS; k < (c + 1) * LOADS / CHUNKS; k++) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        sum = chunk_term<true>(sum, x[k].at[j]);
+                    }
+                }
+                sum = block_sum(sum, shared);
+                if (threadIdx.x == 0) {
+                    chunk_sums[blockIdx.x * (int64_t)CHUNKS + c] = sum;
+                }
+            }
+        }
     } else {
 #pragma unroll 8
         for (int64_t i = first + threadIdx.x; i < last; i += THREADS) {
             largest = max(largest, key_of(grad[i]));
+        }
+        for (int c = 0; SUMS && c < CHUNKS && first + c * (int64_t)CPL_SUM_CHUNK < last; c++) {
+            int64_t at = first + c * (int64_t)CPL_SUM_CHUNK, count = last - at < CPL_SUM_CHUNK ? last - at : CPL_SUM_CHUNK;
+            double sum = block_sum(chunk_part<true, THREADS>(grad + at, count, false), shared);
+            if (threadIdx.x == 0) {
+                chunk_sums[blockIdx.x * (int64_t)CHUNKS + c] = sum;
+            }
         }
     }
     if (__syncthreads_or(largest >= CPL_KEY_INF)) {
@@ -130,8 +159,8 @@ __global__ void __launch_bounds__(COUNT_THREADS)
 
 } // namespace
 
-extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin,
-                                          int64_t tensors) {
+extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, double *chunk_sums, const float *grad,
+                                          const int64_t *begin, int64_t tensors) {
     const void *table = NULL;
     if (tensors == 0) {
         return CPL_OK;
@@ -145,8 +174,8 @@ extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint
     if (st != CPL_OK) {
         return st;
     }
-    scan_kernel<<<(unsigned)cpl_ceil_div(n, PIECE), THREADS, 0, cpl_cuda_stream(dev)>>>(
-        kinds, any, grad, (const int64_t *)table, tensors, begin[0], begin[tensors], aligned16(grad + begin[0]));
+    (chunk_sums != NULL ? scan_kernel<true> : scan_kernel<false>)<<<(unsigned)cpl_ceil_div(n, PIECE), THREADS, 0, cpl_cuda_stream(dev)>>>(
+        kinds, any, chunk_sums, grad, (const int64_t *)table, tensors, begin[0], begin[tensors], aligned16(grad + begin[0]));
     return cpl_cuda_launched(dev, "grad_scan");
 }
 

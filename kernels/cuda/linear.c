@@ -1,38 +1,9 @@
-/* Linear layers: one product each, with bias, GELU's derivative and the bias gradient in the same pass where that is faster.
- * Refuses a fused GELU in the forward pass: y is GELU of the rounded value, so that recomputing it gives the same bits. */
+/* Linear layers: one product each, with bias, GELU, GELU's derivative and bias gradients in the same pass where that is faster.
+ * Refuses cuBLASLt's GELU in f32: its tanh has 11 bits. */
 #include "kernels/cuda/product.h"
 #include <math.h>
 
-cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
-                                cpl_activation activation, int64_t R, int64_t N, int64_t K) {
-    cpl_status st = CPL_OK;
-    bool keeps = activation == CPL_ACT_GELU && pre != NULL;
-    cpl_product product = {
-        .dt = dt, .transposed_a = 1, .after = bias == NULL ? CPL_AFTER_NOTHING : CPL_AFTER_BIAS, .m = N, .n = R, .k = K};
-    cpl_product_data data = {.a = w, .b = x, .d = keeps ? pre : y, .vector = (void *)bias};
-    cpl_product_plan *plan = NULL;
-    double ms = 0;
-    if (R == 0 || N == 0) {
-        return CPL_OK;
-    }
-    CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &plan, &ms));
-    bool fused = isfinite(ms);
-    if (!fused && bias != NULL) {
-        product.after = CPL_AFTER_NOTHING;
-        data.vector = NULL;
-        CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &plan, &ms));
-    }
-    CPL_TRY(cpl_cuda_product_run(dev, plan, &data));
-    if (!fused && bias != NULL) {
-        CPL_TRY(cpl_cuda_add_bias(dev, dt, data.d, bias, R, N));
-    }
-    if (activation == CPL_ACT_GELU) {
-        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, dt, y, data.d, R * N));
-    }
-done:
-    return st;
-}
-
+/* An operation that follows a product where it is not fused with it. */
 typedef struct {
     cpl_device *dev;
     cpl_dtype dt;
@@ -40,6 +11,11 @@ typedef struct {
     const void *from;
     int64_t R, N;
 } separate;
+
+static cpl_status separate_gelu(void *context) {
+    separate *s = context;
+    return CPL_CUDA(gelu_fwd)(s->dev, s->dt, s->to, s->from, s->R * s->N);
+}
 
 static cpl_status separate_gelu_grad(void *context) {
     separate *s = context;
@@ -51,73 +27,182 @@ static cpl_status separate_column_sums(void *context) {
     return cpl_cuda_column_sums(s->dev, s->dt, s->to, s->from, s->R, s->N);
 }
 
-/* Whether the product with its epilogue (*fused, fused_ms) is faster than without (*plain) and the separate kernel after it; the
- * plan that is, in *plain. Timing runs the separate kernel on `s`, whose content must be of no value yet. */
-static cpl_status take_faster(cpl_device *dev, const char *name, separate *s, cpl_status (*body)(void *), cpl_product_plan *fused,
-                              double fused_ms, cpl_product_plan **plain, double plain_ms, bool *is_fused) {
+/* A way to do it: a plan of cuBLASLt, and the time with all that follows. */
+typedef struct {
+    cpl_product_plan *plan;
+    double ms;
+} choice;
+
+/* Whether the product with an epilogue is faster than `best` and the separate kernel after it; the faster one becomes the best. Timing
+ * runs that kernel on `s`, whose content must be of no value yet. */
+static cpl_status take_faster(const char *name, separate *s, cpl_status (*body)(void *), const choice *fused, choice *best,
+                              bool *is_fused) {
     cpl_status st = CPL_OK;
     double alone = 0;
-    *is_fused = false;
-    if (!isfinite(fused_ms)) {
-        return CPL_OK;
-    }
-    CPL_TRY(cpl_cuda_timed_once(dev, name, (int64_t[3]){s->R, s->N, s->dt}, body, s, &alone));
-    *is_fused = fused_ms <= plain_ms + alone;
-    *plain = *is_fused ? fused : *plain;
+    CPL_TRY(cpl_cuda_timed_once(s->dev, name, (int64_t[4]){s->R, s->N, s->dt}, body, s, &alone));
+    best->ms += alone;
+    *is_fused = fused->ms <= best->ms;
+    *best = *is_fused ? *fused : *best;
 done:
     return st;
 }
 
-cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, const void *dy, const void *w, const void *pre,
-                                      int64_t R, int64_t N, int64_t K) {
+static cpl_status find(cpl_device *dev, cpl_product *product, cpl_after after, const cpl_product_data *data, choice *out) {
+    product->after = after;
+    return cpl_cuda_product_find(dev, product, data, &out->plan, &out->ms);
+}
+
+/* --- our own kernel for what surrounds GELU --- */
+
+typedef struct {
+    cpl_device *dev;
+    cpl_dtype dt;
+    void *to, *pre;
+    float *dbias;
+    const void *from, *w, *bias;
+    int64_t R, N, K;
+} own_product;
+
+static cpl_status own_forward(void *context) {
+    own_product *o = context;
+    return cpl_cuda_product_gelu_fwd(o->dev, o->dt, o->to, o->pre, o->from, o->w, o->bias, o->R, o->N, o->K);
+}
+
+static cpl_status own_backward(void *context) {
+    own_product *o = context;
+    return cpl_cuda_product_gelu_bwd(o->dev, o->dt, o->to, o->dbias, o->from, o->w, o->pre, o->R, o->N, o->K);
+}
+
+/* Whether it can, and is faster than `best`. dbias is for timing alone and gets a sum that is of no value. */
+static cpl_status own_wins(const char *name, own_product *o, const void *other, cpl_status (*body)(void *), const choice *best,
+                           bool *wins) {
+    cpl_status st = CPL_OK;
+    double ms = 0;
+    *wins = cpl_cuda_product_gelu_usable(o->dev, o->dt, o->R, o->N, o->K, o->from, o->to, o->w, other);
+    if (*wins) {
+        CPL_TRY(cpl_cuda_timed_once(o->dev, name, (int64_t[4]){o->R, o->N, o->K, 2 * o->dt + (o->pre != NULL)}, body, o, &ms));
+        *wins = ms <= best->ms;
+    }
+done:
+    return st;
+}
+
+/* --- the operations --- */
+
+cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
+                                cpl_activation activation, int64_t R, int64_t N, int64_t K) {
+    cpl_status st = CPL_OK;
+    bool gelu = activation != CPL_ACT_NONE, gelu_fused = false, own = false, biased = bias != NULL;
+    cpl_product product = {.dt = dt, .transposed_a = 1, .m = N, .n = R, .k = K};
+    cpl_product_data data = {.a = w, .b = x, .d = gelu && pre != NULL ? pre : y, .vector = (void *)(uintptr_t)bias};
+    cpl_product_data with_gelu = {.a = w, .b = x, .d = y, .vector = data.vector, .aux = pre};
+    choice best, other = {.ms = INFINITY};
+    if (R == 0 || N == 0) {
+        return CPL_OK;
+    }
+    CPL_TRY(find(dev, &product, biased ? CPL_AFTER_BIAS : CPL_AFTER_NOTHING, &data, &best));
+    if (!isfinite(best.ms) && biased) {
+        biased = false;
+        CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
+    }
+    if (gelu && biased && dt != CPL_F32) {
+        separate s = {.dev = dev, .dt = dt, .to = y, .from = data.d, .R = R, .N = N};
+        own_product o = {.dev = dev, .dt = dt, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
+        if (activation == CPL_ACT_GELU) {
+            CPL_TRY(find(dev, &product, pre != NULL ? CPL_AFTER_GELU_KEPT : CPL_AFTER_GELU, &with_gelu, &other));
+        }
+        CPL_TRY(take_faster("gelu", &s, separate_gelu, &other, &best, &gelu_fused));
+        CPL_TRY(own_wins("product_gelu_fwd", &o, pre, own_forward, &best, &own));
+        if (own) {
+            return own_forward(&o);
+        }
+    }
+    CPL_TRY(cpl_cuda_product_run(dev, best.plan, gelu_fused ? &with_gelu : &data));
+    if (bias != NULL && !biased) {
+        CPL_TRY(cpl_cuda_add_bias(dev, dt, data.d, bias, R, N));
+    }
+    if (gelu && !gelu_fused) {
+        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, dt, y, data.d, R * N));
+    }
+done:
+    return st;
+}
+
+/* *sums = scratch [n] f32 for a fused sum over rows, and as much behind it for timing another one. */
+static cpl_status sums_scratch(cpl_device *dev, int64_t n, float **sums) {
+    return cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, 2 * (size_t)n * sizeof **sums, sums);
+}
+
+cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
+                                      const void *pre, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
     cpl_product product = {.dt = dt, .m = K, .n = R, .k = N};
-    cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = pre};
-    cpl_product_plan *plan = NULL, *fused = NULL;
-    double ms = 0, fused_ms = 0;
-    bool is_fused = pre == NULL;
+    cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = (void *)(uintptr_t)pre};
+    choice best, other = {.ms = INFINITY};
+    bool gelu_fused = false, sums_fused = false, own = false;
+    float *sums = NULL;
     if (R == 0 || K == 0) {
         return CPL_OK;
     }
-    CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &plan, &ms));
-    if (pre != NULL && dt != CPL_F32) { /* its tanh has 11 bits */
+    CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
+    if (pre != NULL && dt != CPL_F32) {
         separate s = {.dev = dev, .dt = dt, .to = dx, .from = pre, .R = R, .N = K};
-        product.after = CPL_AFTER_GELU_GRAD;
-        CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &fused, &fused_ms));
-        CPL_TRY(take_faster(dev, "gelu_grad", &s, separate_gelu_grad, fused, fused_ms, &plan, ms, &is_fused));
+        own_product o = {.dev = dev, .dt = dt, .to = dx, .pre = data.aux, .from = dy, .w = w, .R = R, .N = N, .K = K};
+        CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD, &data, &other));
+        CPL_TRY(take_faster("gelu_grad", &s, separate_gelu_grad, &other, &best, &gelu_fused));
+        if (dbias != NULL) {
+            CPL_TRY(sums_scratch(dev, K, &sums));
+            separate c = {.dev = dev, .dt = dt, .to = sums + K, .from = dx, .R = R, .N = K};
+            data.vector = sums;
+            other.ms = INFINITY;
+            if (gelu_fused) {
+                CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD_SUMS, &data, &other));
+            }
+            CPL_TRY(take_faster("column_sums", &c, separate_column_sums, &other, &best, &sums_fused));
+            o.dbias = sums + K;
+        }
+        CPL_TRY(own_wins("product_gelu_bwd", &o, pre, own_backward, &best, &own));
+        if (own) {
+            o.dbias = dbias;
+            return own_backward(&o);
+        }
     }
-    CPL_TRY(cpl_cuda_product_run(dev, plan, &data));
-    if (!is_fused) {
+    CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
+    if (pre != NULL && !gelu_fused) {
         CPL_TRY(cpl_cuda_gelu_grad(dev, dt, dx, pre, R * K));
+    }
+    if (dbias != NULL) {
+        CPL_TRY(sums_fused ? CPL_CUDA(add_f32)(dev, dbias, sums, K) : cpl_cuda_column_sums(dev, dt, dbias, dx, R, K));
     }
 done:
     return st;
 }
 
 cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x,
-                                       int64_t R, int64_t N, int64_t K) {
+                                       int64_t R, int64_t N, int64_t K, bool overwrites) {
     cpl_status st = CPL_OK;
-    cpl_product product = {.dt = dt, .wide = 1, .transposed_b = 1, .accumulate = 1, .m = K, .n = N, .k = R};
+    cpl_product product = {.dt = dt, .wide = 1, .transposed_b = 1, .accumulate = !overwrites, .m = K, .n = N, .k = R};
     cpl_product_data data = {.a = x, .b = dy, .d = dw};
-    cpl_product_plan *plan = NULL, *fused = NULL;
-    double ms = 0, fused_ms = 0;
-    bool is_fused = false;
+    choice best, other = {.ms = INFINITY};
+    bool sums_fused = false;
+    float *sums = NULL;
     if (R == 0 || N == 0) {
-        return CPL_OK;
+        return overwrites ? CPL_CUDA(zero)(dev, dw, (size_t)(N * K) * sizeof *dw) : CPL_OK;
     }
-    CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &plan, &ms));
+    CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
     if (db != NULL) {
-        float *sums = NULL;
-        CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, 2 * (size_t)N * sizeof *sums, &sums));
+        CPL_TRY(sums_scratch(dev, N, &sums));
         separate s = {.dev = dev, .dt = dt, .to = sums + N, .from = dy, .R = R, .N = N};
-        product.after = CPL_AFTER_BIAS_GRAD;
         data.vector = sums;
-        CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &fused, &fused_ms));
-        CPL_TRY(take_faster(dev, "column_sums", &s, separate_column_sums, fused, fused_ms, &plan, ms, &is_fused));
+        CPL_TRY(find(dev, &product, CPL_AFTER_BIAS_GRAD, &data, &other));
+        CPL_TRY(take_faster("column_sums", &s, separate_column_sums, &other, &best, &sums_fused));
     }
-    CPL_TRY(cpl_cuda_product_run(dev, plan, &data));
-    if (db != NULL) {
-        CPL_TRY(is_fused ? CPL_CUDA(add_f32)(dev, db, data.vector, N) : cpl_cuda_column_sums(dev, dt, db, dy, R, N));
+    if (db != NULL && !sums_fused) { /* before the product: the end of dy may be in the cache still */
+        CPL_TRY(cpl_cuda_column_sums(dev, dt, db, dy, R, N));
+    }
+    CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
+    if (db != NULL && sums_fused) {
+        CPL_TRY(CPL_CUDA(add_f32)(dev, db, sums, N));
     }
 done:
     return st;

@@ -1,7 +1,7 @@
 /* What follows a matrix product where it is not done in the same pass: bias, GELU's derivative, column sums.
  * Refuses float atomics: column sums are partial sums of fixed pieces of rows, added in order. */
-#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/product.h"
 
 enum { THREADS = 256, SUM_COLUMNS = 64, SUM_LANES = 8, SUM_PIECES_MAX = 64 };
@@ -49,14 +49,15 @@ extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, 
     return cpl_cuda_launched(dev, "add_bias");
 }
 
-/* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. */
+/* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. The last
+ * piece comes first, for it may be in the cache still. */
 template <typename T, int V>
 __global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, int64_t N, int64_t rows_each) {
     __shared__ float sums[SUM_LANES][SUM_COLUMNS + 1];
     constexpr int ACROSS = SUM_COLUMNS / V;
     int lane = threadIdx.x / ACROSS, part = threadIdx.x % ACROSS;
     int64_t column = blockIdx.x * (int64_t)SUM_COLUMNS + part * V;
-    int64_t first = blockIdx.y * rows_each, last = first + rows_each < R ? first + rows_each : R;
+    int64_t piece = gridDim.y - 1 - blockIdx.y, first = piece * rows_each, last = first + rows_each < R ? first + rows_each : R;
     float sum[V] = {};
     if (column < N) {
 #pragma unroll 4
@@ -80,18 +81,7 @@ __global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, i
         for (int l = 0; l < SUM_LANES; l++) {
             total += sums[l][threadIdx.x];
         }
-        partial[blockIdx.y * N + own] = total;
-    }
-}
-
-__global__ void column_totals_kernel(float *db, const float *partial, int64_t N, int pieces) {
-    int64_t column = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
-    if (column < N) {
-        float total = 0;
-        for (int p = 0; p < pieces; p++) {
-            total += partial[p * N + column];
-        }
-        db[column] += total;
+        partial[piece * N + own] = total;
     }
 }
 
@@ -119,6 +109,6 @@ extern "C" cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float 
             column_partials<T, 1>(dev, partial, dy, R, N, pieces, rows_each);
         }
     });
-    column_totals_kernel<<<(unsigned)cpl_ceil_div(N, THREADS), THREADS, 0, cpl_cuda_stream(dev)>>>(db, partial, N, pieces);
+    add_partials(cpl_cuda_stream(dev), {{db}}, 1, partial, N, pieces);
     return cpl_cuda_launched(dev, "column_sums");
 }

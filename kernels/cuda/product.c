@@ -49,18 +49,28 @@ static int32_t alignment_of(const void *p) {
 static cublasLtEpilogue_t epilogue_of(const cpl_product *p) {
     static const cublasLtEpilogue_t epilogues[] = {[CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT,
                                                    [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
+                                                   [CPL_AFTER_GELU] = CUBLASLT_EPILOGUE_GELU_BIAS,
+                                                   [CPL_AFTER_GELU_KEPT] = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
                                                    [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU,
+                                                   [CPL_AFTER_GELU_GRAD_SUMS] = CUBLASLT_EPILOGUE_DGELU_BGRAD,
                                                    [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
     return epilogues[p->after];
 }
 
+static bool has_aux(const cpl_product *p) {
+    return p->after == CPL_AFTER_GELU_KEPT || p->after == CPL_AFTER_GELU_GRAD || p->after == CPL_AFTER_GELU_GRAD_SUMS;
+}
+static bool has_vector(const cpl_product *p) {
+    return p->after != CPL_AFTER_NOTHING && p->after != CPL_AFTER_GELU_GRAD;
+}
+
 static cpl_status point(cpl_product_plan *plan, const cpl_product_data *data) {
     cpl_status st = CPL_OK;
-    if (data->vector != NULL && (plan->product.after == CPL_AFTER_BIAS || plan->product.after == CPL_AFTER_BIAS_GRAD)) {
+    if (data->vector != NULL && has_vector(&plan->product)) {
         CPL_LT("bias of a product",
                cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &data->vector, sizeof data->vector));
     }
-    if (data->aux != NULL && plan->product.after == CPL_AFTER_GELU_GRAD) {
+    if (data->aux != NULL && has_aux(&plan->product)) {
         CPL_LT("input of GELU",
                cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &data->aux, sizeof data->aux));
     }
@@ -79,8 +89,12 @@ static cpl_status describe(cpl_product_plan *plan) {
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSA, &ops[0], sizeof ops[0]));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSB, &ops[1], sizeof ops[1]));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
-    if (p->after == CPL_AFTER_GELU_GRAD) {
+    if (has_aux(p)) {
         CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &p->m, sizeof p->m));
+    }
+    if (p->after == CPL_AFTER_GELU_GRAD_SUMS) {
+        const int32_t sums = CUDA_R_32F;
+        CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &sums, sizeof sums));
     }
     const int64_t a[2] = {p->transposed_a ? p->k : p->m, p->transposed_a ? p->m : p->k};
     const int64_t b[2] = {p->transposed_b ? p->n : p->k, p->transposed_b ? p->k : p->n};
@@ -249,10 +263,12 @@ cpl_status cpl_cuda_product_find(cpl_device *dev, const cpl_product *product, co
     cpl_cuda_linear *linear = cpl_cuda_of(dev)->linear;
     cpl_product_plan *plan = NULL;
     cpl_product wanted = *product;
-    const void *pointers[4] = {data->a, data->b, data->d, wanted.after == CPL_AFTER_GELU_GRAD ? data->aux : data->vector};
+    const void *const pointers[4] = {data->a, data->b, data->d, has_vector(product) ? data->vector : NULL};
     for (int i = 0; i < 4; i++) {
         wanted.alignment[i] = alignment_of(pointers[i]);
     }
+    int32_t aux = alignment_of(has_aux(product) ? data->aux : NULL);
+    wanted.alignment[3] = aux < wanted.alignment[3] ? aux : wanted.alignment[3];
     for (*out = linear->plans; *out != NULL; *out = (*out)->next) {
         if (memcmp(&(*out)->product, &wanted, sizeof wanted) == 0) {
             *ms = (*out)->ms;
@@ -288,11 +304,11 @@ done:
     return st;
 }
 
-cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t size[3], cpl_status (*body)(void *context),
+cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t size[4], cpl_status (*body)(void *context),
                                void *context, double *ms) {
     cpl_status st = CPL_OK;
     cpl_tuning *tuning = cpl_cuda_of(dev)->linear->tuning;
-    if (cpl_tuning_find(tuning, name, size, 3 * sizeof *size, ms, NULL, 0)) {
+    if (cpl_tuning_find(tuning, name, size, 4 * sizeof *size, ms, NULL, 0)) {
         return CPL_OK;
     }
     if (cpl_cuda_of(dev)->recording) {
@@ -300,7 +316,7 @@ cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t 
     }
     CPL_TRY(body(context));
     CPL_TRY(cpl_tuning_time(dev, body, context, ROUNDS, ms));
-    CPL_TRY(cpl_tuning_keep(tuning, name, size, 3 * sizeof *size, *ms, NULL, 0));
+    CPL_TRY(cpl_tuning_keep(tuning, name, size, 4 * sizeof *size, *ms, NULL, 0));
 done:
     return st;
 }

@@ -10,7 +10,7 @@ enum { TENSORS = 5 };
 
 static void scan(cpl_device *dev, const float *x, uint32_t kinds[TENSORS], uint32_t *any) {
     memset(kinds, 0xff, TENSORS * sizeof *kinds);
-    assert_ok(CPL_OPS(dev, grad_scan, kinds, any, x, begin, TENSORS));
+    assert_ok(CPL_OPS(dev, grad_scan, kinds, any, NULL, x, begin, TENSORS));
 }
 
 static void finds_each(cpl_device *dev) {
@@ -58,7 +58,7 @@ static void both_kinds(cpl_device *dev) {
     const uint32_t want[TENSORS] = {0, 0, 0, 1, 3};
     assert_memory_equal(kinds, want, sizeof want);
     any = 0;
-    assert_ok(CPL_OPS(dev, grad_scan, kinds, &any, x, begin, 0));
+    assert_ok(CPL_OPS(dev, grad_scan, kinds, &any, NULL, x, begin, 0));
     assert_int_equal(any, 0);
     cpl_free(&x);
 }
@@ -79,6 +79,11 @@ static void squares(cpl_device *dev) {
         }
         assert_true(fabsl(sums[c] - want) <= 1e-13L * want);
     }
+    const int64_t tensors[] = {0, 70, 9000, N};
+    double along[CHUNKS];
+    uint32_t kinds[3], any = 0;
+    assert_ok(CPL_OPS(dev, grad_scan, kinds, &any, along, x, tensors, 3));
+    test_same_bits("sums made by the scan", along, sums, sizeof sums);
     x[5000] = 3e38f; /* its square is finite in f64 */
     x[9000] = NAN;
     assert_ok(CPL_OPS(dev, sum_squares, sums, x, N));

@@ -120,6 +120,8 @@ static void check_backward(cpl_device *dev, cpl_dtype dt, shape s) {
     float *db = test_normals(16, s.C, 1.0f);
     double *want_dg = test_widen(CPL_F32, dg, s.C);
     double *want_db = test_widen(CPL_F32, db, s.C);
+    float *dbias = test_normals(17, s.C, 1.0f);
+    double *want_dbias = test_widen(CPL_F32, dbias, s.C);
     double *want = test_array(n, sizeof *want);
     double y[1024];
     for (int64_t row = 0; row < s.R; row++) {
@@ -131,6 +133,7 @@ static void check_backward(cpl_device *dev, cpl_dtype dt, shape s) {
         r.only = row;
         for (int64_t j = 0; j < s.C; j++) {
             want[row * s.C + j] = test_derivative(loss, &r, &r.x[row * s.C + j], 2e-5) + dres64[row * s.C + j];
+            want_dbias[j] += want[row * s.C + j];
         }
     }
     r.only = -1;
@@ -138,16 +141,17 @@ static void check_backward(cpl_device *dev, cpl_dtype dt, shape s) {
         want_dg[j] += test_derivative(loss, &r, &r.g[j], 1e-5);
         want_db[j] += test_derivative(loss, &r, &r.b[j], 1e-5);
     }
-    assert_ok(dev->ops->layernorm_bwd(dev, dt, dx, dg, db, dy, dres, x, mean, rstd, g, s.R, s.C));
+    assert_ok(dev->ops->layernorm_bwd(dev, dt, dx, dg, db, dbias, dy, dres, x, mean, rstd, g, s.R, s.C));
     double tolerance = s.C == 1 ? 2e-3 : 2e-5; /* one channel: dx is the small rest of a cancellation times rstd = 316 */
     test_close("dx", dt, dx, want, n, tolerance, 1.01 * test_roundoff(dt) + 1e-5);
     test_close("dg", CPL_F32, dg, want_dg, s.C, 1e-5 * sqrt((double)s.R), 1e-5);
     test_close("db", CPL_F32, db, want_db, s.C, 1e-5 * sqrt((double)s.R), 1e-5);
+    test_close("dbias", CPL_F32, dbias, want_dbias, s.C, tolerance * (double)s.R, 1e-5);
     /* dx may be dres or dy */
     memset(dg, 0, (size_t)s.C * sizeof *dg);
-    assert_ok(dev->ops->layernorm_bwd(dev, dt, dres, dg, db, dy, dres, x, mean, rstd, g, s.R, s.C));
+    assert_ok(dev->ops->layernorm_bwd(dev, dt, dres, dg, db, NULL, dy, dres, x, mean, rstd, g, s.R, s.C));
     test_same_bits("dx in dres", dres, dx, (size_t)n * size);
-    void *const all[] = {x, g, dy, dres, dx, r.x, r.g, r.b, r.weight, dres64, mean, rstd, dg, db, want_dg, want_db, want};
+    void *const all[] = {x, g, dy, dres, dx, r.x, r.g, r.b, r.weight, dres64, mean, rstd, dg, db, dbias, want_dg, want_db, want_dbias, want};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         void *one = all[i];
         cpl_free(&one);
@@ -174,12 +178,12 @@ static void test_layernorm_bits_do_not_depend_on_threads(void **state) {
             cpl_device *dev = test_device(test_isas[i], threads);
             float *x = test_normals(1, N, 1.0f);
             float *gb = test_normals(2, 2 * C, 1.0f);
-            float *all = test_array(3 * N + 2 * R + 2 * C, sizeof *all);
+            float *all = test_array(3 * N + 2 * R + 3 * C, sizeof *all);
             float *mean = all + 3 * N;
             float *grads = mean + 2 * R;
             if (dev != NULL) {
                 assert_ok(dev->ops->layernorm_fwd(dev, CPL_F32, all, all + N, mean, mean + R, x, x, gb, gb + C, R, C));
-                assert_ok(dev->ops->layernorm_bwd(dev, CPL_F32, all + 2 * N, grads, grads + C, all + N, x, all, mean, mean + R, gb,
+                assert_ok(dev->ops->layernorm_bwd(dev, CPL_F32, all + 2 * N, grads, grads + C, grads + 2 * C, all + N, x, all, mean, mean + R, gb,
                                                   R, C));
             }
             results[threads - 1] = all;
@@ -187,7 +191,7 @@ static void test_layernorm_bits_do_not_depend_on_threads(void **state) {
             cpl_free(&gb);
             cpl_device_destroy(&dev);
         }
-        size_t bytes = (3 * N + 2 * R + 2 * C) * sizeof(float);
+        size_t bytes = (3 * N + 2 * R + 3 * C) * sizeof(float);
         test_same_bits("1 and 2 threads", results[0], results[1], bytes);
         test_same_bits("1 and 3 threads", results[0], results[2], bytes);
         for (int k = 0; k < 3; k++) {

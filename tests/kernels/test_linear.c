@@ -125,7 +125,17 @@ static void check_input_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
             r.row = i / s.K;
             want[i] = test_derivative(loss, &r, &r.pre[i], 1e-5);
         }
-        assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
+        float *dbias = test_normals(24, s.K, 3.0f); /* gradients accumulate */
+        double *want_dbias = test_widen(CPL_F32, dbias, s.K);
+        for (int64_t i = 0; i < n; i++) {
+            want_dbias[i % s.K] += want[i];
+        }
+        assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, dbias, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
+        test_close("column sums of the input gradient", CPL_F32, dbias, want_dbias, s.K,
+                   (2e-6 * (double)(s.N + 10) + 2 * test_roundoff(dt)) * (double)s.R, 1e-6);
+        cpl_free(&dbias);
+        cpl_free(&want_dbias);
+        assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, NULL, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
         test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10),
                    1.01 * test_roundoff(dt) + 2e-6);
     }
@@ -153,11 +163,19 @@ static void check_weight_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
         r.column = j;
         want_db[j] += test_derivative(loss, &r, &r.bias[j], 1e-4);
     }
-    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, db, dy, x, s.R, s.N, s.K));
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, db, dy, x, s.R, s.N, s.K, false));
     test_close("weight gradient", CPL_F32, dw, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
     test_close("bias gradient", CPL_F32, db, want_db, s.N, 1e-6 * (double)(s.R + 10), 1e-6);
-    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K));
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K, false));
     test_same_bits("weight gradient without a bias", dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
+    /* what was there, nan even, is gone; from zero the sum is the same */
+    memset(dw, 0xff, (size_t)(s.N * s.K) * sizeof *dw);
+    memset(dw_alone, 0, (size_t)(s.N * s.K) * sizeof *dw);
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, NULL, dy, x, s.R, s.N, s.K, true));
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K, false));
+    double *alone = test_widen(CPL_F32, dw_alone, s.N * s.K);
+    test_close("weight gradient that overwrites", CPL_F32, dw, alone, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
+    cpl_free(&alone);
     void *const all[] = {x, dy, dw, db, dw_alone, want_dw, want_db, r.pre, r.weight, r.w, r.bias};
     release(all, sizeof all / sizeof all[0]);
 }
@@ -185,26 +203,26 @@ static void test_linear_bits_do_not_depend_on_threads(void **state) {
             for (size_t k = 0; k < sizeof large / sizeof large[0]; k++) {
                 shape s = large[k];
                 size_t size = cpl_dtype_size(dt);
-                size_t parts[4] = {(size_t)(s.R * s.N) * size, (size_t)(s.R * s.K) * size, (size_t)(s.N * s.K) * 4,
-                                   (size_t)s.N * 4};
+                size_t parts[5] = {(size_t)(s.R * s.N) * size, (size_t)(s.R * s.K) * size, (size_t)(s.N * s.K) * 4,
+                                   (size_t)s.N * 4, (size_t)s.K * 4};
                 void *x = test_act(dt, 41, s.R * s.K, 1.0f, NULL);
                 void *w = test_act(dt, 42, s.N * s.K, 0.1f, NULL);
                 void *bias = test_act(dt, 43, s.N, 1.0f, NULL);
-                void *results[3][4];
+                void *results[3][5];
                 for (int threads = 1; threads <= 3; threads++) {
                     void **out = results[threads - 1];
-                    for (int p = 0; p < 4; p++) {
+                    for (int p = 0; p < 5; p++) {
                         out[p] = test_array((int64_t)parts[p], 1);
                     }
                     cpl_device *dev = test_device(test_isas[i], threads);
                     if (dev != NULL) {
                         assert_ok(dev->ops->linear_fwd(dev, dt, out[0], NULL, x, w, bias, CPL_ACT_GELU, s.R, s.N, s.K));
-                        assert_ok(dev->ops->linear_bwd_input(dev, dt, out[1], out[0], w, x, s.R, s.N, s.K));
-                        assert_ok(dev->ops->linear_bwd_weight(dev, dt, out[2], out[3], out[0], x, s.R, s.N, s.K));
+                        assert_ok(dev->ops->linear_bwd_input(dev, dt, out[1], out[4], out[0], w, x, s.R, s.N, s.K));
+                        assert_ok(dev->ops->linear_bwd_weight(dev, dt, out[2], out[3], out[0], x, s.R, s.N, s.K, i % 2 == 0));
                     }
                     cpl_device_destroy(&dev);
                 }
-                for (int p = 0; p < 4; p++) {
+                for (int p = 0; p < 5; p++) {
                     test_same_bits("1 and 2 threads", results[0][p], results[1][p], parts[p]);
                     test_same_bits("1 and 3 threads", results[0][p], results[2][p], parts[p]);
                     for (int t = 0; t < 3; t++) {

@@ -78,12 +78,18 @@ static void test_every_tensor_with_an_inf_or_nan_is_found(void **state) {
             host[begin[where + 1] - 1] = where == 3 ? NAN : host[begin[where + 1] - 1];
         }
         test_twin x = test_twin_of(host, (size_t)begin[TENSORS] * 4), kinds = test_twin_new(TENSORS * 4), any = test_twin_zero(4);
+        test_twin sums = test_twin_new(13 * 8), alone = test_twin_new(13 * 8);
         for (int d = 0; d < 2; d++) {
-            assert_ok(CPL_OPS(test_on[d], grad_scan, kinds.on[d], any.on[d], x.on[d], begin, TENSORS));
+            assert_ok(CPL_OPS(test_on[d], grad_scan, kinds.on[d], any.on[d], sums.on[d], x.on[d], begin, TENSORS));
+            assert_ok(CPL_OPS(test_on[d], sum_squares, alone.on[d], x.on[d], begin[TENSORS]));
         }
         test_twin_same("kinds", &kinds);
         test_twin_same("any", &any);
-        free_all((test_twin *[]){&x, &kinds, &any}, 3);
+        double *along = test_twin_read(&sums, 1), *by_itself = test_twin_read(&alone, 1);
+        test_same_bits("sums made by the scan", along, by_itself, 13 * 8);
+        cpl_free(&along);
+        cpl_free(&by_itself);
+        free_all((test_twin *[]){&x, &kinds, &any, &sums, &alone}, 5);
     }
 }
 

@@ -56,7 +56,7 @@ static void test_unaligned_buffers(void **state) {
             assert_ok(CPL_OPS(test_on[d], select_mask, m, a, N, 0x3f000000, word + 1));
             assert_ok(CPL_OPS(test_on[d], apply_mask, b, m, N));
             assert_ok(CPL_OPS(test_on[d], exponents, counts.on[d], (float *)(word + 2), a, N, 2.0f));
-            assert_ok(CPL_OPS(test_on[d], grad_scan, (uint32_t *)(word + 3), (uint32_t *)(word + 4), a - 1, begin, BEGIN - 1));
+            assert_ok(CPL_OPS(test_on[d], grad_scan, (uint32_t *)(word + 3), (uint32_t *)(word + 4), NULL, a - 1, begin, BEGIN - 1));
             assert_ok(CPL_OPS(test_on[d], sum_f32, sum.on[d], a, N));
         }
         test_twin_same("sum", &y);
@@ -82,7 +82,7 @@ static void test_a_gradient_of_nan_and_inf_alone(void **state) {
     }
     test_twin x = test_twin_of(host, (size_t)begin[TENSORS] * 4), kinds = test_twin_new(TENSORS * 4), any = test_twin_zero(4);
     for (int d = 0; d < 2; d++) {
-        assert_ok(CPL_OPS(test_on[d], grad_scan, kinds.on[d], any.on[d], x.on[d], begin, TENSORS));
+        assert_ok(CPL_OPS(test_on[d], grad_scan, kinds.on[d], any.on[d], NULL, x.on[d], begin, TENSORS));
     }
     test_twin_same("kinds", &kinds);
     test_twin_same("any", &any);

@@ -1,5 +1,6 @@
 /* Linear layers on the GPU against the CPU: forward, both gradients, odd shapes and unaligned buffers, all types, the same bits
  * twice. Refuses to measure tolerance by the result: it comes from the number of terms and the roundoff of the type. */
+#include "kernels/cuda/product.h"
 #include "tests/support/twin.h"
 #include <math.h>
 
@@ -20,16 +21,19 @@ static void check_forward(cpl_dtype dt, shape s) {
     test_twin x = test_twin_act(dt, 1, s.R * s.K, 1.0f), w = test_twin_act(dt, 2, s.N * s.K, 0.5f);
     test_twin bias = test_twin_act(dt, 3, s.N, 1.0f);
     double most = tolerance(dt, s.K + 1, 1.0);
-    for (int kind = 0; kind < 4; kind++) {
+    for (int kind = 0; kind < 5; kind++) {
         test_twin y = test_twin_new((size_t)(s.R * s.N) * size), pre = test_twin_new((size_t)(s.R * s.N) * size);
-        bool gelu = kind >= 2, keeps = kind == 3;
+        cpl_activation activation = kind < 2 ? CPL_ACT_NONE : kind < 4 ? CPL_ACT_GELU : CPL_ACT_GELU_ROUNDED;
+        bool keeps = kind >= 3;
         for (int d = 0; d < 2; d++) {
             assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], keeps ? pre.on[d] : NULL, x.on[d], w.on[d],
-                              kind == 0 ? NULL : bias.on[d], gelu ? CPL_ACT_GELU : CPL_ACT_NONE, s.R, s.N, s.K));
+                              kind == 0 ? NULL : bias.on[d], activation, s.R, s.N, s.K));
         }
         test_twin_close("y", dt, &y, s.R * s.N, 1.2 * most, 2 * test_roundoff(dt));
         if (keeps) {
             test_twin_close("pre", dt, &pre, s.R * s.N, most, 2 * test_roundoff(dt));
+        }
+        if (activation == CPL_ACT_GELU_ROUNDED) {
             test_twin again = test_twin_new((size_t)(s.R * s.N) * size);
             assert_ok(CPL_OPS(test_on[1], gelu_fwd, dt, again.on[1], pre.on[1], s.R * s.N));
             void *a = test_twin_read(&again, 1), *b = test_twin_read(&y, 1);
@@ -51,22 +55,25 @@ static void check_backward(cpl_dtype dt, shape s) {
     test_twin x = test_twin_act(dt, 4, s.R * s.K, 1.0f), w = test_twin_act(dt, 5, s.N * s.K, 0.5f);
     test_twin dy = test_twin_act(dt, 6, s.R * s.N, 1.0f), pre = test_twin_act(dt, 7, s.R * s.K, 1.0f);
     for (int with_pre = 0; with_pre < 2; with_pre++) {
-        test_twin dx = test_twin_new((size_t)(s.R * s.K) * size);
+        test_twin dx = test_twin_new((size_t)(s.R * s.K) * size), dbias = test_twin_act(CPL_F32, 10, s.K, 1.0f);
         for (int d = 0; d < 2; d++) {
             assert_ok(
-                CPL_OPS(test_on[d], linear_bwd_input, dt, dx.on[d], dy.on[d], w.on[d], with_pre ? pre.on[d] : NULL, s.R, s.N, s.K));
+                CPL_OPS(test_on[d], linear_bwd_input, dt, dx.on[d], dbias.on[d], dy.on[d], w.on[d], with_pre ? pre.on[d] : NULL, s.R, s.N, s.K));
         }
         test_twin_close("dx", dt, &dx, s.R * s.K, 2 * tolerance(dt, s.N, 1.0), 4 * test_roundoff(dt));
+        test_twin_close("dbias", CPL_F32, &dbias, s.K, 2 * tolerance(dt, s.N, 1.0) * (double)s.R, 4 * test_roundoff(dt));
         test_twin_free(&dx);
+        test_twin_free(&dbias);
     }
     test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K, 1.0f), db = test_twin_act(CPL_F32, 9, s.N, 1.0f);
-    for (int times = 0; times < 2; times++) { /* accumulates */
+    for (int times = 0; times < 3; times++) { /* overwrites, then accumulates */
         for (int d = 0; d < 2; d++) {
-            assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, dw.on[d], db.on[d], dy.on[d], x.on[d], s.R, s.N, s.K));
+            assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, dw.on[d], db.on[d], dy.on[d], x.on[d], s.R, s.N, s.K,
+                              times == 0));
         }
     }
-    test_twin_close("dw", CPL_F32, &dw, s.N * s.K, tolerance(CPL_F32, 2 * s.R + 1, 2.0), 0);
-    test_twin_close("db", CPL_F32, &db, s.N, tolerance(CPL_F32, 2 * s.R + 1, 2.0), 0);
+    test_twin_close("dw", CPL_F32, &dw, s.N * s.K, tolerance(CPL_F32, 3 * s.R + 1, 2.0), 0);
+    test_twin_close("db", CPL_F32, &db, s.N, tolerance(CPL_F32, 3 * s.R + 1, 3.0), 0);
     test_twin_free(&dw);
     test_twin_free(&db);
     test_twin_free(&x);
@@ -97,7 +104,7 @@ static void test_unaligned_operands(void **state) {
             assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], NULL, (char *)x.on[d] + size, (char *)w.on[d] + size,
                               (char *)bias.on[d] + size, CPL_ACT_NONE, s.R, s.N, s.K));
             assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, (float *)dw.on[d] + 1, (float *)db.on[d] + 1, y.on[d],
-                              (char *)x.on[d] + size, s.R, s.N, s.K));
+                              (char *)x.on[d] + size, s.R, s.N, s.K, false));
         }
         test_twin_close("y", dt, &y, s.R * s.N, tolerance(dt, s.K + 1, 1.0), 2 * test_roundoff(dt));
         test_twin_close("dw", CPL_F32, &dw, s.N * s.K + 1, 8 * tolerance(dt, s.R, 4.0), 0); /* from y, rounded on each side */
@@ -114,7 +121,7 @@ static void test_the_same_bits_twice(void **state) {
     void *bits[2];
     for (int run = 0; run < 2; run++) {
         test_twin dw = test_twin_zero((size_t)(s.N * s.K) * sizeof(float)), db = test_twin_zero((size_t)s.N * sizeof(float));
-        assert_ok(CPL_OPS(test_on[1], linear_bwd_weight, CPL_BF16, dw.on[1], db.on[1], dy.on[1], x.on[1], s.R, s.N, s.K));
+        assert_ok(CPL_OPS(test_on[1], linear_bwd_weight, CPL_BF16, dw.on[1], db.on[1], dy.on[1], x.on[1], s.R, s.N, s.K, false));
         bits[run] = test_twin_read(&dw, 1);
         test_twin_free(&dw);
         test_twin_free(&db);
@@ -126,11 +133,61 @@ static void test_the_same_bits_twice(void **state) {
     test_twin_free(&dy);
 }
 
+/* Whatever is faster here: the kernel itself, over tiles that end inside the matrix, few and many of them. */
+static void check_own(cpl_dtype dt, shape s) {
+    size_t size = cpl_dtype_size(dt), bytes = (size_t)(s.R * s.N) * size;
+    test_twin x = test_twin_act(dt, 1, s.R * s.K, 1.0f), w = test_twin_act(dt, 2, s.N * s.K, 0.5f), bias = test_twin_act(dt, 3, s.N, 1.0f);
+    test_twin y = test_twin_new(bytes), pre = test_twin_new(bytes), alone = test_twin_new(bytes), again = test_twin_new(bytes);
+    double most = tolerance(dt, s.K + 1, 1.0);
+    assert_ok(CPL_OPS(test_on[0], linear_fwd, dt, y.on[0], pre.on[0], x.on[0], w.on[0], bias.on[0], CPL_ACT_GELU, s.R, s.N, s.K));
+    assert_ok(cpl_cuda_product_gelu_fwd(test_on[1], dt, y.on[1], pre.on[1], x.on[1], w.on[1], bias.on[1], s.R, s.N, s.K));
+    assert_ok(cpl_cuda_product_gelu_fwd(test_on[1], dt, alone.on[1], NULL, x.on[1], w.on[1], bias.on[1], s.R, s.N, s.K));
+    assert_ok(CPL_OPS(test_on[1], gelu_fwd, dt, again.on[1], pre.on[1], s.R * s.N));
+    test_twin_close("own pre", dt, &pre, s.R * s.N, most, 2 * test_roundoff(dt));
+    test_twin_close("own y", dt, &y, s.R * s.N, 1.2 * most, 2 * test_roundoff(dt));
+    void *bits[3] = {test_twin_read(&y, 1), test_twin_read(&alone, 1), test_twin_read(&again, 1)};
+    test_same_bits("without keeping pre", bits[0], bits[1], bytes);
+    test_same_bits("GELU of what was kept", bits[0], bits[2], bytes);
+    /* dx [R,N] of dy [R,K] and w' [K,N] */
+    test_twin back = test_twin_act(dt, 5, s.N * s.K, 0.5f), dx = test_twin_new(bytes), dbias = test_twin_act(CPL_F32, 6, s.N, 1.0f);
+    test_twin twice = test_twin_act(CPL_F32, 6, s.N, 1.0f);
+    assert_ok(CPL_OPS(test_on[0], linear_bwd_input, dt, dx.on[0], dbias.on[0], x.on[0], back.on[0], y.on[0], s.R, s.K, s.N));
+    assert_ok(CPL_OPS(test_on[1], upload, y.on[1], y.on[0], bytes));
+    for (int times = 0; times < 2; times++) {
+        assert_ok(cpl_cuda_product_gelu_bwd(test_on[1], dt, dx.on[1], times ? twice.on[1] : dbias.on[1], x.on[1], back.on[1], y.on[1], s.R,
+                                            s.K, s.N));
+    }
+    test_twin_close("own dx", dt, &dx, s.R * s.N, 2 * tolerance(dt, s.K, 1.0), 4 * test_roundoff(dt));
+    test_twin_close("own dbias", CPL_F32, &dbias, s.N, 2 * tolerance(dt, s.K, 1.0) * (double)s.R, 4 * test_roundoff(dt));
+    void *sums[2] = {test_twin_read(&dbias, 1), test_twin_read(&twice, 1)};
+    test_same_bits("dbias twice", sums[0], sums[1], (size_t)s.N * 4);
+    test_twin *all[] = {&x, &w, &bias, &y, &pre, &alone, &again, &back, &dx, &dbias, &twice};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        test_twin_free(all[i]);
+    }
+    for (int i = 0; i < 3; i++) {
+        cpl_free(&bits[i]);
+        cpl_free(&sums[i % 2]);
+    }
+}
+
+static void test_our_products_around_gelu(void **state) {
+    static const shape own[] = {{1, 8, 8}, {128, 128, 64}, {130, 136, 72}, {300, 520, 200}, {1000, 264, 1032}, {5000, 768, 256}, {2048, 3072, 768}};
+    for (int t = 1; t < TYPES; t++) {
+        for (size_t i = 0; i < sizeof own / sizeof own[0]; i++) {
+            if (cpl_cuda_product_gelu_usable(test_on[1], types[t], own[i].R, own[i].N, own[i].K, NULL, NULL, NULL, NULL)) {
+                check_own(types[t], own[i]);
+            }
+        }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_gpu_agrees_with_the_cpu),
         cmocka_unit_test(test_unaligned_operands),
         cmocka_unit_test(test_the_same_bits_twice),
+        cmocka_unit_test(test_our_products_around_gelu),
     };
     return test_gpu_main(tests, sizeof tests / sizeof tests[0]);
 }

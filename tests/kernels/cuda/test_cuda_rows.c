@@ -70,10 +70,11 @@ static void check_layernorm(cpl_dtype dt, int64_t R, int64_t C, bool fused) {
     test_twin mean = test_twin_new((size_t)R * 4), rstd = test_twin_new((size_t)R * 4), dy = test_twin_act(dt, 5, R * C, 1.0f);
     test_twin dres = test_twin_act(dt, 6, R * C, 1.0f), dx = test_twin_new(bytes);
     test_twin dg = test_twin_act(CPL_F32, 7, C, 1.0f), db = test_twin_act(CPL_F32, 8, C, 1.0f);
+    test_twin dbias = test_twin_act(CPL_F32, 9, C, 1.0f);
     for (int d = 0; d < 2; d++) {
         assert_ok(CPL_OPS(test_on[d], layernorm_fwd, dt, sum.on[d], y.on[d], mean.on[d], rstd.on[d], x.on[d],
                           fused ? delta.on[d] : NULL, g.on[d], b.on[d], R, C));
-        assert_ok(CPL_OPS(test_on[d], layernorm_bwd, dt, dx.on[d], dg.on[d], db.on[d], dy.on[d], fused ? dres.on[d] : NULL,
+        assert_ok(CPL_OPS(test_on[d], layernorm_bwd, dt, dx.on[d], dg.on[d], db.on[d], fused ? dbias.on[d] : NULL, dy.on[d], fused ? dres.on[d] : NULL,
                           sum.on[d], mean.on[d], rstd.on[d], g.on[d], R, C));
     }
     test_twin_same("sum", &sum);
@@ -85,20 +86,21 @@ static void check_layernorm(cpl_dtype dt, int64_t R, int64_t C, bool fused) {
     test_twin_close("dx", dt, &dx, R * C, stretch * (2 * u + 256 * f32), 2 * u + 64 * f32);
     test_twin_close("dg", CPL_F32, &dg, C, stretch * 64 * f32 * (double)(R + 8), 0);
     test_twin_close("db", CPL_F32, &db, C, 64 * f32 * (double)(R + 8), 0);
+    test_twin_close("dbias", CPL_F32, &dbias, C, stretch * (64 * f32 + 2 * u) * (double)(R + 8), 0);
     for (int d = 0; d < 2; d++) { /* in place */
-        assert_ok(CPL_OPS(test_on[d], layernorm_bwd, dt, dy.on[d], dg.on[d], db.on[d], dy.on[d], fused ? dres.on[d] : NULL,
+        assert_ok(CPL_OPS(test_on[d], layernorm_bwd, dt, dy.on[d], dg.on[d], db.on[d], NULL, dy.on[d], fused ? dres.on[d] : NULL,
                           sum.on[d], mean.on[d], rstd.on[d], g.on[d], R, C));
     }
     void *apart = test_twin_read(&dx, 1), *in_place = test_twin_read(&dy, 1);
     test_same_bits("dx in place", apart, in_place, bytes);
     cpl_free(&apart);
     cpl_free(&in_place);
-    free_all((test_twin *[]){&x, &delta, &g, &b, &sum, &y, &mean, &rstd, &dy, &dres, &dx, &dg, &db}, 13);
+    free_all((test_twin *[]){&x, &delta, &g, &b, &sum, &y, &mean, &rstd, &dy, &dres, &dx, &dg, &db, &dbias}, 14);
 }
 
 static void test_layernorm(void **state) {
     static const int64_t shapes[][2] = {{1, 1},     {3, 5},    {7, 64},    {70, 33}, {130, 192},
-                                        {600, 768}, {9, 1000}, {33, 1600}, {5, 4096}};
+                                        {600, 768}, {9, 1000}, {33, 1600}, {5, 4096}, {301, 256}, {2100, 1024}, {70, 2048}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         for (int t = 0; t < TYPES; t++) {
             check_layernorm(types[t], shapes[i][0], shapes[i][1], false);

@@ -1,0 +1,361 @@
+/* The two products around GELU by our own kernel on sm_90, with what cuBLASLt does slowly or not at all in the same pass: forward bias,
+ * GELU of the rounded sum, and that sum kept; backward GELU's derivative and the sums over rows that are the bias gradient.
+ * Refuses other GPUs, f32, and rows that the copy engine cannot take (not at multiples of 16 bytes). */
+#include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/partials.cuh"
+#include "kernels/cuda/product.h"
+#include "kernels/cuda/product_gelu.cuh"
+
+namespace {
+
+/* A tile of d is made by one of two warpgroups while the other finishes the tile before it ("ping-pong"); a third one sends for the
+ * operands. DEPTH: of a stage, 128 bytes. */
+enum { TILE = 128, DEPTH = 64, STAGES = 4, GROUP = 128, THREADS = 3 * GROUP, BOX = DEPTH * TILE * 2, HALF_BOX = BOX / 2 };
+enum { PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232 };
+
+struct stage {
+    unsigned char a[BOX], b[BOX];
+};
+struct shared_memory {
+    stage stages[STAGES];
+    unsigned char buffer[2][2][BOX]; /* of each warpgroup: a tile of 16-bit values as two boxes of 64 columns */
+    float sums[2][GROUP / 32][TILE];
+    uint64_t full[STAGES], empty[STAGES], kept[2], turn[2];
+};
+
+enum mode { FORWARD, FORWARD_KEPT, BACKWARD };
+
+struct extent {
+    int tiles, across, blocks; /* tiles of d, of a row of tiles; stages of a tile */
+    int64_t N;                 /* columns of d */
+};
+
+struct maps {
+    CUtensorMap a, b, kept, d;
+};
+
+__device__ __forceinline__ void group_barrier(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"((int)GROUP) : "memory");
+}
+
+/* Where this thread's pair of columns 8 j + 2 (lane % 4) of a row lies in a buffer, 128-byte swizzled. row % 8 is lane / 4. */
+__device__ __forceinline__ uint32_t *pair_at(unsigned char (*buffer)[BOX], int row, int j) {
+    int lane = threadIdx.x % 32;
+    return reinterpret_cast<uint32_t *>(buffer[j / 8] + row * 128 + ((j % 8) ^ (lane / 4)) * 16 + lane % 4 * 4);
+}
+
+template <typename T> __device__ __forceinline__ float2 unpack(uint32_t word) {
+    words<T> x;
+    x.at[0] = word;
+    return make_float2(x.f32(0), x.f32(1));
+}
+template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b) {
+    words<T> x;
+    x.set(0, a, b);
+    return x.at[0];
+}
+
+template <typename T> __device__ __forceinline__ uint32_t gelu_of(uint32_t word) {
+    float2 x = unpack<T>(word);
+    return pack<T>(cpl_gelu(x.x), cpl_gelu(x.y));
+}
+
+template <bool BY_ROWS> __device__ void produce(shared_memory &m, const maps &map, const extent &e) {
+    int at = 0;
+    for (int tile = blockIdx.x; tile < e.tiles; tile += gridDim.x) {
+        int row = tile / e.across * TILE, column = tile % e.across * TILE;
+        for (int k = 0; k < e.blocks; k++, at++) {
+            int s = at % STAGES;
+            if (at >= STAGES) {
+                barrier_wait(&m.empty[s], (at / STAGES - 1) & 1);
+            }
+            barrier_expect(&m.full[s], 2 * BOX);
+            box_load(m.stages[s].a, &map.a, &m.full[s], k * DEPTH, row);
+            if (BY_ROWS) {
+                box_load(m.stages[s].b, &map.b, &m.full[s], column, k * DEPTH);
+                box_load(m.stages[s].b + HALF_BOX, &map.b, &m.full[s], column + TILE / 2, k * DEPTH);
+            } else {
+                box_load(m.stages[s].b, &map.b, &m.full[s], k * DEPTH, column);
+            }
+        }
+    }
+}
+
+/* acc [half][..] = one tile, from stage number `at` on; lets go of each stage once the products with it are over. The warpgroups take
+ * turns: a barrier tells a phase from the one after the next only, so nobody may wait for stages that are further ahead. */
+template <typename T, bool BY_ROWS>
+__device__ __forceinline__ void multiply(shared_memory &m, float (&acc)[2][64], int at, int blocks, int group, int own_tile) {
+    if (group == 1 || own_tile > 0) {
+        barrier_wait(&m.turn[group], (own_tile + group + 1) & 1);
+    }
+    for (int k = 0; k < blocks; k++, at++) {
+        stage &s = m.stages[at % STAGES];
+        barrier_wait(&m.full[at % STAGES], at / STAGES & 1);
+        mma_fence();
+#pragma unroll
+        for (int step = 0; step < DEPTH / 16; step++) {
+            uint64_t b = BY_ROWS ? operand(s.b + step * 16 * 128, HALF_BOX, 1024) : operand(s.b + step * 32, 16, 1024);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                mma<T, BY_ROWS>(acc[half], operand(s.a + half * HALF_BOX + step * 32, 16, 1024), b, k > 0 || step > 0);
+            }
+        }
+        mma_commit();
+        if (k > 0) {
+            mma_wait<1>();
+            if (threadIdx.x % GROUP == 0) {
+                barrier_arrive(&m.empty[(at - 1) % STAGES]);
+            }
+        }
+    }
+    if (threadIdx.x % GROUP == 0) {
+        barrier_arrive(&m.turn[1 - group]);
+    }
+    mma_wait<0>();
+    if (threadIdx.x % GROUP == 0) {
+        barrier_arrive(&m.empty[(at - 1) % STAGES]);
+    }
+}
+
+/* The buffer, written by the whole warpgroup, to device memory. */
+__device__ __forceinline__ void send(unsigned char (*buffer)[BOX], const CUtensorMap *map, int group, int row, int column) {
+    shared_to_copies();
+    group_barrier(group);
+    if (threadIdx.x % GROUP == 0) {
+        box_store(map, buffer[0], column, row);
+        box_store(map, buffer[1], column + TILE / 2, row);
+        stores_commit();
+    }
+}
+
+template <typename T, int MODE>
+__device__ __forceinline__ void finish_forward(shared_memory &m, const float (&acc)[2][64], const maps &map, const T *bias, int64_t N, int group,
+                                               int row, int column) {
+    unsigned char(*buffer)[BOX] = m.buffer[group];
+    int lane = threadIdx.x % 32, first = threadIdx.x % GROUP / 32 * 16 + lane / 4;
+    if (threadIdx.x % GROUP == 0) {
+        stores_have_read();
+    }
+    group_barrier(group);
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        int64_t at = column + 8 * j + 2 * (lane % 4);
+        float2 add = at < N ? unpack<T>(*reinterpret_cast<const uint32_t *>(bias + at)) : make_float2(0, 0);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *pair = &acc[i / 2][4 * j + 2 * (i % 2)];
+            uint32_t sum = pack<T>(pair[0] + add.x, pair[1] + add.y);
+            *pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j) = MODE == FORWARD_KEPT ? sum : gelu_of<T>(sum);
+        }
+    }
+    if (MODE == FORWARD_KEPT) {
+        send(buffer, &map.kept, group, row, column);
+        if (threadIdx.x % GROUP == 0) {
+            stores_have_read();
+        }
+        group_barrier(group);
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint32_t *word = pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j);
+                *word = gelu_of<T>(*word);
+            }
+        }
+    }
+    send(buffer, &map.d, group, row, column);
+}
+
+/* The buffer has the values before GELU and gets the gradient over them; partial: sums of its columns, of this row of tiles. */
+template <typename T>
+__device__ __forceinline__ void finish_backward(shared_memory &m, const float (&acc)[2][64], const maps &map, float *partial, int64_t N,
+                                                int group, int row, int column) {
+    unsigned char(*buffer)[BOX] = m.buffer[group];
+    int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32, first = warp * 16 + lane / 4;
+    group_barrier(group); /* all have read the sums of the tile before */
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        float2 sum = make_float2(0, 0);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t *word = pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j);
+            const float *pair = &acc[i / 2][4 * j + 2 * (i % 2)];
+            float2 x = unpack<T>(*word);
+            float2 d = make_float2(pair[0] * cpl_gelu_grad(x.x), pair[1] * cpl_gelu_grad(x.y));
+            *word = pack<T>(d.x, d.y);
+            sum.x += d.x;
+            sum.y += d.y;
+        }
+#pragma unroll
+        for (int lanes = 16; lanes >= 4; lanes /= 2) {
+            sum.x += __shfl_xor_sync(0xffffffffu, sum.x, lanes);
+            sum.y += __shfl_xor_sync(0xffffffffu, sum.y, lanes);
+        }
+        if (lane < 4) {
+            *reinterpret_cast<float2 *>(&m.sums[group][warp][8 * j + 2 * lane]) = sum;
+        }
+    }
+    send(buffer, &map.d, group, row, column);
+    int own = threadIdx.x % GROUP;
+    if (partial != nullptr && column + own < N) {
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < GROUP / 32; w++) {
+            total += m.sums[group][w][own];
+        }
+        partial[row / TILE * N + column + own] = total;
+    }
+}
+
+template <typename T, int MODE>
+__device__ void consume(shared_memory &m, const maps &map, const T *bias, float *partial, const extent &e, int group) {
+    float acc[2][64];
+    int turn = 0;
+    for (int i = group; blockIdx.x + i * (int64_t)gridDim.x < e.tiles; i += 2, turn ^= 1) {
+        int tile = blockIdx.x + i * gridDim.x, row = tile / e.across * TILE, column = tile % e.across * TILE;
+        if (MODE == BACKWARD && threadIdx.x % GROUP == 0) {
+            stores_have_read();
+            barrier_expect(&m.kept[group], 2 * BOX);
+            box_load(m.buffer[group][0], &map.kept, &m.kept[group], column, row);
+            box_load(m.buffer[group][1], &map.kept, &m.kept[group], column + TILE / 2, row);
+        }
+        multiply<T, MODE == BACKWARD>(m, acc, i * e.blocks, e.blocks, group, i / 2);
+        if (MODE == BACKWARD) {
+            barrier_wait(&m.kept[group], turn);
+            finish_backward<T>(m, acc, map, partial, e.N, group, row, column);
+        } else {
+            finish_forward<T, MODE>(m, acc, map, bias, e.N, group, row, column);
+        }
+    }
+    if (threadIdx.x % GROUP == 0) {
+        stores_have_read();
+    }
+}
+
+template <typename T, int MODE>
+__global__ void __launch_bounds__(THREADS, 1)
+    product_kernel(const __grid_constant__ maps map, const T *bias, float *partial, const extent e) {
+    extern __shared__ unsigned char memory[];
+    shared_memory &m = *reinterpret_cast<shared_memory *>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(&m.full[s], 1);
+            barrier_init(&m.empty[s], 1);
+        }
+        for (int g = 0; g < 2; g++) {
+            barrier_init(&m.kept[g], 1);
+            barrier_init(&m.turn[g], 1);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        shared_to_copies();
+    }
+    __syncthreads();
+    if (threadIdx.x < GROUP) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
+        if (threadIdx.x == 0) {
+            produce<MODE == BACKWARD>(m, map, e);
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
+        consume<T, MODE>(m, map, bias, partial, e, threadIdx.x / GROUP - 1);
+    }
+}
+
+/* --- host --- */
+
+typedef CUresult (*encode_call)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
+                                const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+encode_call find_encode() {
+    void *call = NULL;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &call, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &call, cudaEnableDefault, &found);
+#endif
+    (void)cudaGetLastError();
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? (encode_call)call : NULL;
+}
+
+/* Boxes of 64 columns and box_rows rows of x [rows, cols] of a 16-bit type. */
+cpl_status describe(CUtensorMap *map, cpl_dtype dt, const void *x, int64_t rows, int64_t cols, int box_rows) {
+    static const encode_call encode = find_encode();
+    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)cols * 2};
+    const cuuint32_t box[2] = {DEPTH, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    CUresult result = encode == NULL ? CUDA_ERROR_NOT_SUPPORTED
+                                     : encode(map, dt == CPL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                                              (void *)(uintptr_t)x, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? CPL_OK
+                                  : cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "describe a tensor of %lld x %lld: CUDA error %d",
+                                             (long long)rows, (long long)cols, (int)result);
+}
+
+template <typename T, int MODE>
+cpl_status launch(cpl_device *dev, const maps &map, const T *bias, float *partial, int64_t R, int64_t N, int64_t depth) {
+    const extent e = {(int)(cpl_ceil_div(R, TILE) * cpl_ceil_div(N, TILE)), (int)cpl_ceil_div(N, TILE), (int)cpl_ceil_div(depth, DEPTH), N};
+    const int bytes = (int)sizeof(shared_memory) + 1024, most = cpl_cuda_of(dev)->sm_count;
+    cudaError_t error = cudaFuncSetAttribute(product_kernel<T, MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) {
+        return cpl_cuda_status(error, __FILE__, __LINE__, "product with GELU");
+    }
+    product_kernel<T, MODE><<<e.tiles < most ? e.tiles : most, THREADS, bytes, cpl_cuda_stream(dev)>>>(map, bias, partial, e);
+    return cpl_cuda_launched(dev, "product with GELU");
+}
+
+} // namespace
+
+extern "C" bool cpl_cuda_product_gelu_usable(const cpl_device *dev, cpl_dtype dt, int64_t R, int64_t N, int64_t K, const void *x,
+                                             const void *y, const void *w, const void *other) {
+    static const bool found = find_encode() != NULL;
+    return found && cpl_cuda_of(dev)->capability == 90 && dt != CPL_F32 && N % 8 == 0 && K % 8 == 0 && R > 0 && N > 0 && K > 0 &&
+           R <= INT32_MAX / 2 && N <= INT32_MAX / 2 && K <= INT32_MAX / 2 && R / TILE * (N > K ? N : K) <= INT32_MAX &&
+           aligned16(x, y, w, other);
+}
+
+extern "C" cpl_status cpl_cuda_product_gelu_fwd(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w,
+                                                const void *bias, int64_t R, int64_t N, int64_t K) {
+    maps map;
+    cpl_status st = CPL_OK;
+    CPL_TRY(describe(&map.a, dt, x, R, K, TILE));
+    CPL_TRY(describe(&map.b, dt, w, N, K, TILE));
+    CPL_TRY(describe(&map.kept, dt, pre != NULL ? pre : y, R, N, TILE));
+    CPL_TRY(describe(&map.d, dt, y, R, N, TILE));
+    if (dt == CPL_BF16) {
+        using T = __nv_bfloat16;
+        st = pre != NULL ? launch<T, FORWARD_KEPT>(dev, map, (const T *)bias, NULL, R, N, K)
+                         : launch<T, FORWARD>(dev, map, (const T *)bias, NULL, R, N, K);
+    } else {
+        using T = __half;
+        st = pre != NULL ? launch<T, FORWARD_KEPT>(dev, map, (const T *)bias, NULL, R, N, K)
+                         : launch<T, FORWARD>(dev, map, (const T *)bias, NULL, R, N, K);
+    }
+done:
+    return st;
+}
+
+extern "C" cpl_status cpl_cuda_product_gelu_bwd(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
+                                                const void *pre, int64_t R, int64_t N, int64_t K) {
+    maps map;
+    cpl_status st = CPL_OK;
+    float *partial = NULL;
+    int pieces = (int)cpl_ceil_div(R, TILE);
+    CPL_TRY(describe(&map.a, dt, dy, R, N, TILE));
+    CPL_TRY(describe(&map.b, dt, w, N, K, DEPTH));
+    CPL_TRY(describe(&map.kept, dt, pre, R, K, TILE));
+    CPL_TRY(describe(&map.d, dt, dx, R, K, TILE));
+    if (dbias != NULL) {
+        CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, (size_t)pieces * (size_t)K * sizeof *partial, &partial));
+    }
+    st = dt == CPL_BF16 ? launch<__nv_bfloat16, BACKWARD>(dev, map, NULL, partial, R, K, N)
+                        : launch<__half, BACKWARD>(dev, map, NULL, partial, R, K, N);
+    if (st == CPL_OK && dbias != NULL) {
+        add_partials(cpl_cuda_stream(dev), {{dbias}}, 1, partial, K, pieces);
+        st = cpl_cuda_launched(dev, "bias gradient");
+    }
+done:
+    return st;
+}
