@@ -51,7 +51,7 @@ static cpl_status micro_batch(void *context) {
     training *t = context;
     cpl_device *dev = t->b->dev;
     CPL_TRY(CPL_OPS(dev, zero, t->opt->grad, (size_t)t->b->layout->total * sizeof(float)));
-    CPL_TRY(cpl_model_step(t->ws, t->opt->work, t->tokens, t->tokens, NULL, t->opt->state, t->opt->grad, NULL, t->losses));
+    CPL_TRY(cpl_model_step(t->ws, t->opt->work, t->tokens, t->tokens, NULL, t->opt->state, t->opt->grad, NULL, t->losses, NULL));
 done:
     return st;
 }
