@@ -232,7 +232,7 @@ static cpl_status start(nccl_plane *n, starting *s) {
     static const char doing[] = "start NCCL (CUPEL_NCCL=0 does without)";
     cpl_watchdog_beat("the start of NCCL");
     if (!start_and_wait(s)) {
-        st = cpl_fail(CPL_COMM, __FILE__, __LINE__, "not all of %d ranks came within %d s", s->size, START_SECONDS);
+        (void)cpl_fail(CPL_COMM, __FILE__, __LINE__, "not all of %d ranks came within %d s", s->size, START_SECONDS);
         cpl_comm_end(n->base.comm, doing);
     }
     n->comm = s->comm;

@@ -40,7 +40,9 @@ done
 # A run that a signal stopped and the same command continued has the bits of one that was not stopped.
 long=(teacher.precision=bf16 teacher.width=512 teacher.layers=4 teacher.heads=8 teacher.steps=1000 teacher.eval_every=0)
 run whole 2 1 "${long[@]}"
-CUPEL_NCCL=1 ranks 2 "$CUPEL" run job.yaml --out half --set run.device=cuda "${long[@]/#/--set=}" >out.txt 2>&1 &
+settings=()
+for s in "${long[@]}"; do settings+=(--set "$s"); done
+CUPEL_NCCL=1 ranks 2 "$CUPEL" run job.yaml --out half --set run.device=cuda "${settings[@]}" >out.txt 2>&1 &
 first_step half $!
 pkill -USR2 -f "^$CUPEL run job.yaml --out half"
 status=0
