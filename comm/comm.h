@@ -54,9 +54,35 @@ enum { CPL_WORD_OVERFLOW = 1, CPL_WORD_ERROR = 2, CPL_WORD_STOP = 4 };
 cpl_status cpl_comm_agree_word(cpl_comm *c, uint32_t *word);
 
 /* --- data plane: device buffers over the flat layout --- */
-/* Whether these calls only enqueue on the device's stream, so that they can be part of a recorded graph: a group of one rank. */
+/* Collective. Where every rank of the group has a CUDA GPU of its own, its device memory from now on goes through NCCL; otherwise
+ * (ranks that share a GPU, which NCCL refuses; the CPU; a build without NCCL) through host memory over MPI, and the log says why.
+ * Environment: CUPEL_NCCL=0 takes MPI; CUPEL_NCCL=1 demands NCCL, also for a group of one rank. Does nothing where this device is
+ * attached already. Errors: CPL_UNSUPPORTED where NCCL is demanded and impossible; CPL_USAGE for another value. */
+cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev);
+/* Collective: before the device is destroyed, after all graphs that hold calls of this group. cpl_comm_destroy does it too. */
+void cpl_comm_detach(cpl_comm *c);
+/* Collective: the way that cpl_comm_attach would take, for people: "NCCL", "host memory over MPI: ranks 0 and 1 share a GPU". */
+cpl_status cpl_comm_route(cpl_comm *c, cpl_device *dev, char *out, size_t size);
+void cpl_comm_nccl(char *out, size_t size); /* "2.28.9", or that NCCL is not in this build */
+
+/* Whether these calls only enqueue on the device, so that they can be part of a recorded graph: a group of one rank, or NCCL.
+ * Whether an operation is recorded must then be the same on all ranks. */
 bool cpl_comm_enqueues(const cpl_comm *c);
-/* Bitwise or over the ranks of one word in device memory: the overflow consensus. */
+/* Whether a sum can run beside the device's other work: NCCL. */
+bool cpl_comm_overlaps(const cpl_comm *c);
+/* Waits for a mark (cpl_device_wait) behind which such calls may be. Where NCCL reports an error, the device fails or a rank of
+ * this host has ended, several ranks cannot free a GPU that waits for another: then the process ends here (cpl_comm_end). doing:
+ * static, for people. */
+cpl_status cpl_comm_wait(cpl_comm *c, cpl_device *dev, int slot, const char *doing);
+/* cpl_agree for calls that may have enqueued some of these. Over NCCL nothing is agreed: a rank that failed ends the job, for the
+ * others' GPUs wait for it. */
+cpl_status cpl_comm_enqueued(cpl_comm *c, cpl_status own, const char *doing);
+/* Ends the job at once, with the calling thread's message, naming rank and host: when other ranks' GPUs wait for this one. Frees
+ * nothing, for a GPU that waits cannot be freed (nccl#829: ncclCommAbort may hang too); the end of the process stops its kernels.
+ */
+_Noreturn void cpl_comm_end(const cpl_comm *c, const char *doing);
+
+/* Or over the ranks of one word in device memory that is 0 or 1: the overflow consensus. */
 cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag);
 /* Rank r owns elements [begin[r], begin[r+1]) of a flat buffer (begin: host, size+1 values; a part may be empty).
  * Sum over ranks, each rank's own part of x gets the result, the rest of x is then undefined. The sum is a balanced binary tree
@@ -65,6 +91,32 @@ cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag);
 cpl_status cpl_comm_reduce_scatter(cpl_comm *c, cpl_device *dev, float *x, const int64_t *begin);
 /* Every rank gets every part. element: bytes of one. */
 cpl_status cpl_comm_allgather(cpl_comm *c, cpl_device *dev, void *x, size_t element, const int64_t *begin);
+/* The same in slices, k = 0 .. slices-1 in this order: slice k of every part (cpl_comm_slice) is final on the device now. Over NCCL
+ * it goes its way beside what follows; the last one waits on the device for all. */
+cpl_status cpl_comm_allgather_slice(cpl_comm *c, cpl_device *dev, void *x, size_t element, const int64_t *begin, int k, int slices);
+void cpl_comm_slice(int64_t begin, int64_t end, int k, int slices, int64_t *first, int64_t *last);
+
+/* cpl_comm_reduce_scatter of a buffer that becomes final range by range, summed beside the rest of the work where
+ * cpl_comm_overlaps. The ranges and their order are the same on all ranks and cover the buffer once. A plain value, all borrowed.
+ * exact: the sum is that of cpl_comm_reduce_scatter; else its order over more than 2 ranks may be NCCL's, which depends on the
+ * number of ranks, the ranges and how the GPUs are connected. */
+typedef struct {
+    cpl_comm *comm;
+    cpl_device *dev;
+    float *x;
+    const int64_t *begin;
+    bool exact;
+    int64_t first, last; /* announced, not on its way */
+    int64_t covered;     /* elements announced */
+} cpl_reduction;
+enum { CPL_BUCKET = 1 << 20 }; /* elements that neighbouring ranges are gathered to at the least: 4 MiB */
+void cpl_reduction_begin(cpl_reduction *r, cpl_comm *comm, cpl_device *dev, float *x, const int64_t *begin, bool exact);
+/* Elements [first, last) of x are final on the device from here on, and nobody reads them before cpl_reduction_end. */
+cpl_status cpl_reduction_add(cpl_reduction *r, int64_t first, int64_t last);
+/* What follows on the device finds the sum. Errors: CPL_INTERNAL where the ranges did not cover the buffer. */
+cpl_status cpl_reduction_end(cpl_reduction *r);
+/* Device memory that the sum takes beside the buffer over NCCL; longest: part, elements. */
+int64_t cpl_reduction_bytes(int64_t longest, int ranks, bool exact);
 
 /* --- a shared counter, for handing out trials --- */
 typedef struct cpl_counter cpl_counter;

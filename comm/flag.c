@@ -2,14 +2,15 @@
  * Refuses to let the host decide with it: the word goes back to the device, where step_control reads it. */
 #include "comm/internal.h"
 
-bool cpl_comm_enqueues(const cpl_comm *c) {
-    return c->size == 1;
-}
-
 cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag) {
     cpl_status st = CPL_OK;
     uint32_t word = 0;
-    if (cpl_comm_enqueues(c)) {
+    if (cpl_by_plane(c, dev)) {
+        CPL_TRY(c->plane->ops->fork(c->plane));
+        CPL_TRY(c->plane->ops->max_u32(c->plane, flag));
+        return c->plane->ops->join(c->plane);
+    }
+    if (c->size == 1) {
         return CPL_OK;
     }
     if (cpl_on_host(dev)) {

@@ -32,9 +32,53 @@ typedef struct {
     const void *(*handle)(const cpl_comm *c);
 } cpl_comm_ops;
 
+/* What moves device memory between the ranks of a group by itself, on a stream beside the device's: NCCL. The calls enqueue, in one
+ * order, the same on all ranks. Parts [size each, of the whole group]: rank r's begins at first[r] and has count[r] elements or,
+ * for gather, bytes; a part may be empty. Where a call fails on one of several ranks the job ends here (cpl_comm_end). */
+typedef struct cpl_plane cpl_plane;
+typedef struct {
+    cpl_status (*fork)(cpl_plane *p); /* what follows here waits for what the device has in its order now */
+    cpl_status (*join)(cpl_plane *p); /* what follows on the device waits for what is enqueued here */
+    cpl_status (*max_u32)(cpl_plane *p, uint32_t *word);
+    cpl_status (*reduce)(cpl_plane *p, float *x, const int64_t *first, const int64_t *count); /* rank r gets the sum of its part */
+    cpl_status (*gather)(cpl_plane *p, char *x, const int64_t *first, const int64_t *count);  /* everybody gets every part */
+    cpl_status (*exchange)(cpl_plane *p, const cpl_piece *to, const cpl_piece *from); /* as of cpl_comm_ops; device memory */
+    cpl_status (*check)(cpl_plane *p); /* an error that came after a call had returned */
+    void (*close)(cpl_plane *p);       /* collective; frees p */
+} cpl_plane_ops;
+struct cpl_plane {
+    const cpl_plane_ops *ops; /* borrowed, static */
+    cpl_comm *comm;           /* borrowed */
+    cpl_device *dev;          /* borrowed */
+    float *stage;             /* owned, device memory: parts of other ranks in a sum by tree */
+    size_t stage_size;        /* elements of it */
+};
+/* Collective, after all agreed to take it. Ends the job where NCCL does not come up on all ranks. */
+cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev);
+bool cpl_nccl_built(void);
+void cpl_nccl_library(char *out, size_t size); /* "2.28.9", or that it is not in this build */
+
+/* Who a rank is when the plane is chosen. */
+typedef enum { CPL_NCCL_AUTO, CPL_NCCL_NEVER, CPL_NCCL_ALWAYS } cpl_nccl_wish; /* CUPEL_NCCL: unset, 0, 1 */
+typedef struct {
+    char host[65], gpu[63]; /* cpl_device_identity */
+    int8_t wish, built;
+} cpl_place;
+/* Whether the ranks at place [size] exchange through NCCL; why not: in why. */
+bool cpl_plane_chosen(const cpl_place *place, int size, char *why, size_t bytes);
+/* Sum and collection by the plane of c, of parts that have been checked. */
+cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin);
+/* What of elements [first, last) each rank owns, summed to it; enqueued on the plane alone. */
+cpl_status cpl_plane_reduce(cpl_comm *c, float *x, const int64_t *begin, int64_t first, int64_t last);
+/* Elements of a slice of a part, for a sum by tree through device memory. longest: part, elements. */
+int64_t cpl_plane_slice(int64_t longest);
+
 struct cpl_comm {
     const cpl_comm_ops *ops; /* borrowed, static */
     void *impl;              /* owned by the back end */
+    cpl_plane *plane;        /* owned, NULL: device memory goes through the host's */
+    bool told;               /* which way the data goes */
+    int64_t *first, *count;  /* owned [size]: parts of one call of the plane */
     int rank, size;
     int world_rank;             /* what messages call this rank, in every group */
     int local_rank, local_size; /* of the world: two groups of one host must not take the same GPU */
@@ -52,6 +96,12 @@ enum { CPL_STAGE_LIMIT = 4 << 20, CPL_STAGE_PIECE = 1 << 10 };
 static inline bool cpl_on_host(const cpl_device *dev) {
     return strcmp(dev->kind, "cpu") == 0;
 }
+
+/* Parts that rise and fit the address space: CPL_INTERNAL otherwise. */
+cpl_status cpl_parts_check(const cpl_comm *c, const int64_t *begin, size_t element);
+/* Elements of slice k of part r, where a whole slice has `slice`; *first: where it begins. How many slices the longest part has. */
+int64_t cpl_parts_slice(const int64_t *begin, int r, int64_t k, int64_t slice, int64_t *first);
+int64_t cpl_parts_rounds(const cpl_comm *c, const int64_t *begin, int64_t slice);
 
 /* A group without back end: size-independent parts only. */
 cpl_status cpl_comm_alloc(cpl_comm **out, const cpl_comm_ops *ops);
@@ -88,13 +138,21 @@ typedef struct {
 /* Errors: CPL_USAGE where Slurm started several tasks without PMIx or PMI. */
 cpl_status cpl_launcher_find(cpl_launcher *out);
 
+/* Whether the plane carries data of this device. */
+static inline bool cpl_by_plane(const cpl_comm *c, const cpl_device *dev) {
+    return c->plane != NULL && c->plane->dev == dev;
+}
+
 /* One line a rank of this host in memory that all of them map, so that a watchdog can name a rank that was stopped. */
 typedef struct {
     _Atomic int64_t seen_ms; /* monotonic; 0: its watchdog does not run */
     _Atomic int rank;
+    _Atomic int pid;
     _Atomic int claimed; /* of slot 0: somebody of this host speaks already */
 } cpl_watch_slot;
 /* slots [count], borrowed until called with NULL. */
 void cpl_watchdog_board(cpl_watch_slot *slots, int count, int mine);
+/* A rank of this host whose process has ended, -1: none is known to. */
+int cpl_watchdog_gone(void);
 
 #endif

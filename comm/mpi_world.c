@@ -35,6 +35,7 @@ static cpl_status map_board(cpl_comm *world, MPI_Comm host) {
     CPL_MPI("map memory shared by this host", MPI_Win_shared_query(board, 0, &bytes, &unit, &slots));
     atomic_store(&own->seen_ms, 0);
     atomic_store(&own->rank, world->rank);
+    atomic_store(&own->pid, (int)getpid());
     atomic_store(&own->claimed, 0);
     CPL_MPI("wait for the ranks of this host", MPI_Barrier(host));
     cpl_watchdog_board(slots, world->local_size, world->local_rank);

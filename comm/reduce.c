@@ -1,11 +1,12 @@
-/* The data plane: sums and collects flat device buffers over the ranks, in slices, with a bounded amount of extra memory.
- * Refuses to let the sum depend on anything but the values and their rank numbers. */
+/* The data plane through host memory: sums and collects flat device buffers over the ranks, in slices, with a bounded amount of
+ * extra memory. Where the group has a plane of its own (comm/plane_sum.c) that does it. Refuses to let the sum depend on anything
+ * but the values and their rank numbers. */
 #include "comm/internal.h"
 #include <string.h>
 
 enum { TREE_BLOCK = 2048 }; /* elements; the tree of a block stays in the first cache */
 
-static cpl_status check_parts(const cpl_comm *c, const int64_t *begin, size_t element) {
+cpl_status cpl_parts_check(const cpl_comm *c, const int64_t *begin, size_t element) {
     cpl_status st = CPL_OK;
     bool rising = begin[0] >= 0;
     for (int r = 0; r < c->size; r++) {
@@ -48,8 +49,7 @@ static size_t slice_bytes(const cpl_comm *c, size_t element) {
     return bytes < element ? element : bytes / element * element;
 }
 
-/* Elements of slice k of part r, where a whole slice has `slice`; *first: where it begins. */
-static int64_t slice_of(const int64_t *begin, int r, int64_t k, int64_t slice, int64_t *first) {
+int64_t cpl_parts_slice(const int64_t *begin, int r, int64_t k, int64_t slice, int64_t *first) {
     int64_t left = begin[r + 1] - begin[r] - k * slice;
     if (left <= 0) {
         *first = begin[r + 1];
@@ -59,7 +59,7 @@ static int64_t slice_of(const int64_t *begin, int r, int64_t k, int64_t slice, i
     return left < slice ? left : slice;
 }
 
-static int64_t slice_count(const cpl_comm *c, const int64_t *begin, int64_t slice) {
+int64_t cpl_parts_rounds(const cpl_comm *c, const int64_t *begin, int64_t slice) {
     int64_t longest = 0;
     for (int r = 0; r < c->size; r++) {
         int64_t n = begin[r + 1] - begin[r];
@@ -96,11 +96,11 @@ static cpl_status reduce_slice(cpl_comm *c, cpl_device *dev, float *x, const int
     bool host = cpl_on_host(dev);
     cpl_piece *to = c->pieces, *from = c->pieces + c->size;
     int64_t first = 0, own_first = 0;
-    int64_t own = slice_of(begin, c->rank, k, slice, &own_first);
+    int64_t own = cpl_parts_slice(begin, c->rank, k, slice, &own_first);
     size_t step = (size_t)slice * sizeof(float), own_bytes = (size_t)own * sizeof(float);
     char *received = c->stage, *sent = c->stage + step * (size_t)c->size;
     for (int q = 0; q < c->size; q++) {
-        int64_t n = slice_of(begin, q, k, slice, &first);
+        int64_t n = cpl_parts_slice(begin, q, k, slice, &first);
         void *copy = q == c->rank ? received + step * (size_t)q : sent + step * (size_t)q;
         to[q] = (cpl_piece){host ? (void *)(x + first) : copy, (size_t)n * sizeof(float)};
         from[q] = (cpl_piece){q == c->rank ? to[q].data : received + step * (size_t)q, own_bytes};
@@ -121,13 +121,16 @@ done:
 
 cpl_status cpl_comm_reduce_scatter(cpl_comm *c, cpl_device *dev, float *x, const int64_t *begin) {
     cpl_status st = CPL_OK, local = CPL_OK;
-    CPL_TRY(check_parts(c, begin, sizeof(float)));
+    CPL_TRY(cpl_parts_check(c, begin, sizeof(float)));
+    if (cpl_by_plane(c, dev)) {
+        return cpl_plane_reduce_scatter(c, x, begin);
+    }
     if (c->size == 1) {
         goto done;
     }
     size_t bytes = slice_bytes(c, sizeof(float));
     CPL_TRY(stage_ensure(c, bytes * (size_t)c->size * (cpl_on_host(dev) ? 1 : 2)));
-    int64_t slice = (int64_t)(bytes / sizeof(float)), rounds = slice_count(c, begin, slice);
+    int64_t slice = (int64_t)(bytes / sizeof(float)), rounds = cpl_parts_rounds(c, begin, slice);
     for (int64_t k = 0; k < rounds; k++) {
         CPL_TRY(reduce_slice(c, dev, x, begin, k, slice, &local));
     }
@@ -146,10 +149,10 @@ static cpl_status gather_slice(cpl_comm *c, cpl_device *dev, char *x, size_t ele
     int64_t first = 0;
     c->offset[0] = 0;
     for (int q = 0; q < c->size; q++) {
-        c->offset[q + 1] = c->offset[q] + slice_of(begin, q, k, slice, &first) * (int64_t)element;
+        c->offset[q + 1] = c->offset[q] + cpl_parts_slice(begin, q, k, slice, &first) * (int64_t)element;
     }
     size_t own = (size_t)(c->offset[c->rank + 1] - c->offset[c->rank]);
-    slice_of(begin, c->rank, k, slice, &first);
+    cpl_parts_slice(begin, c->rank, k, slice, &first);
     char *from = x + (size_t)first * element, *stage = c->stage + c->offset[c->rank];
     if (own > 0 && host) {
         memcpy(stage, from, own);
@@ -158,7 +161,7 @@ static cpl_status gather_slice(cpl_comm *c, cpl_device *dev, char *x, size_t ele
     }
     CPL_TRY(c->ops->allgather(c, c->stage, c->offset));
     for (int q = 0; q < c->size; q++) {
-        size_t bytes = (size_t)slice_of(begin, q, k, slice, &first) * element;
+        size_t bytes = (size_t)cpl_parts_slice(begin, q, k, slice, &first) * element;
         if (q == c->rank || bytes == 0) {
             continue;
         }
@@ -175,7 +178,10 @@ done:
 
 cpl_status cpl_comm_allgather(cpl_comm *c, cpl_device *dev, void *x, size_t element, const int64_t *begin) {
     cpl_status st = CPL_OK, local = CPL_OK;
-    CPL_TRY(check_parts(c, begin, element));
+    CPL_TRY(cpl_parts_check(c, begin, element));
+    if (cpl_by_plane(c, dev)) {
+        return cpl_comm_allgather_slice(c, dev, x, element, begin, 0, 1);
+    }
     if (c->size == 1 || element == 0) {
         goto done;
     }
@@ -193,7 +199,7 @@ cpl_status cpl_comm_allgather(cpl_comm *c, cpl_device *dev, void *x, size_t elem
         CPL_FAIL(CPL_INTERNAL, "an allgather of elements of %zu bytes over %d ranks does not fit one message", element, c->size);
     }
     CPL_TRY(stage_ensure(c, stage));
-    int64_t slice = (int64_t)(bytes / element), rounds = slice_count(c, begin, slice);
+    int64_t slice = (int64_t)(bytes / element), rounds = cpl_parts_rounds(c, begin, slice);
     for (int64_t k = 0; k < rounds; k++) {
         CPL_TRY(gather_slice(c, dev, x, element, begin, k, slice, &local));
     }

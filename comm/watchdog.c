@@ -1,6 +1,7 @@
 /* The watchdog: a thread that ends this process when its work stops, so that a hanging or stopped rank does not keep the others for
  * ever. Refuses to call MPI, whose locks the hanging thread may hold: it says why, leaves, and the launcher ends the rest. */
 #include "comm/internal.h"
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -9,13 +10,14 @@
 
 static struct {
     pthread_t thread;
-    pthread_mutex_t mutex; /* guards stop, slots, count, mine */
+    pthread_mutex_t mutex; /* guards stop, slots, count, mine, pids */
     pthread_cond_t wake;
     bool running, stop;
     int seconds, rank;
     char host[65];
     cpl_watch_slot *slots; /* borrowed, NULL: none [count] */
     int count, mine;
+    bool pids; /* this process sees those of all slots: no other process table */
     _Atomic(const char *) phase;
     _Atomic uint64_t beats;
 } dog = {.mutex = PTHREAD_MUTEX_INITIALIZER, .phase = "the start"};
@@ -26,12 +28,30 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static bool has_ended(const cpl_watch_slot *slot) {
+    return kill(atomic_load(&slot->pid), 0) != 0 && errno == ESRCH;
+}
+
 void cpl_watchdog_board(cpl_watch_slot *slots, int count, int mine) {
     pthread_mutex_lock(&dog.mutex);
     dog.slots = slots;
     dog.count = count;
     dog.mine = mine;
+    dog.pids = true;
+    for (int i = 0; i < count; i++) {
+        dog.pids = dog.pids && !has_ended(&slots[i]);
+    }
     pthread_mutex_unlock(&dog.mutex);
+}
+
+int cpl_watchdog_gone(void) {
+    int rank = -1;
+    pthread_mutex_lock(&dog.mutex);
+    for (int i = 0; i < dog.count && dog.pids && rank < 0; i++) {
+        rank = has_ended(&dog.slots[i]) ? atomic_load(&dog.slots[i].rank) : -1;
+    }
+    pthread_mutex_unlock(&dog.mutex);
+    return rank;
 }
 
 /* mutex held. Leaves a sign of life on the board. */

@@ -63,6 +63,8 @@ cpl_status cpl_comm_alloc_arrays(cpl_comm *c) {
     cpl_status st = CPL_OK;
     CPL_TRY(cpl_alloc(&c->pieces, 2 * (size_t)c->size, sizeof *c->pieces, "a group of ranks"));
     CPL_TRY(cpl_alloc(&c->offset, (size_t)c->size + 1, sizeof *c->offset, "a group of ranks"));
+    CPL_TRY(cpl_alloc(&c->first, (size_t)c->size, sizeof *c->first, "a group of ranks"));
+    CPL_TRY(cpl_alloc(&c->count, (size_t)c->size, sizeof *c->count, "a group of ranks"));
 done:
     return st;
 }
@@ -71,9 +73,12 @@ void cpl_comm_destroy(cpl_comm **c) {
     if (*c == NULL) {
         return;
     }
+    cpl_comm_detach(*c);
     (*c)->ops->destroy(*c);
     cpl_free(&(*c)->pieces);
     cpl_free(&(*c)->offset);
+    cpl_free(&(*c)->first);
+    cpl_free(&(*c)->count);
     cpl_free(&(*c)->stage);
     cpl_free(c);
 }

@@ -233,6 +233,7 @@ static cpl_status bench(cpl_comm *world, const cpl_bench_options *o, int what) {
     const cpl_model_shape shape = {o->layers, o->heads, o->width, o->context, o->vocab};
     cpl_bench b = {.world = world, .o = o, .dt = cpl_precision_dtype(o->precision)};
     CPL_TRY(cpl_job_device(world, o->device, o->threads, &b.dev));
+    CPL_TRY(cpl_comm_attach(world, b.dev));
     CPL_TRY(cpl_agree(world, cpl_layout_create(&b.layout, &shape)));
     CPL_TRY(measure(&b, what));
     if (cpl_comm_rank(world) == 0 && o->json) {
@@ -244,7 +245,7 @@ static cpl_status bench(cpl_comm *world, const cpl_bench_options *o, int what) {
 done:
     cpl_free(&b.row);
     cpl_layout_destroy(&b.layout);
-    cpl_device_destroy(&b.dev);
+    cpl_job_device_close(world, &b.dev);
     return st;
 }
 

@@ -49,8 +49,8 @@ done:
 static cpl_status micro_batch(void *context) {
     cpl_status st = CPL_OK;
     training *t = context;
-    CPL_TRY(cpl_model_step(t->ws, t->opt->work, t->tokens, t->tokens, NULL, t->opt->state, t->opt->grad, true, NULL,
-                           t->losses));
+    CPL_TRY(
+        cpl_model_step(t->ws, t->opt->work, t->tokens, t->tokens, NULL, t->opt->state, t->opt->grad, true, NULL, t->losses, NULL));
 done:
     return st;
 }

@@ -52,3 +52,8 @@ cpl_status cpl_job_device(cpl_comm *world, int choice, int64_t threads, cpl_devi
 done:
     return st;
 }
+
+void cpl_job_device_close(cpl_comm *world, cpl_device **dev) {
+    cpl_comm_detach(world);
+    cpl_device_destroy(dev);
+}

@@ -9,4 +9,7 @@
  * run on, divided among the ranks of the host that may run on the same ones. Errors: as cpl_device_create, agreed. */
 cpl_status cpl_job_device(cpl_comm *world, int choice, int64_t threads, cpl_device **dev);
 
+/* Collective: the ranks' way of exchanging its memory ends before it does. Accepts NULL inside. */
+void cpl_job_device_close(cpl_comm *world, cpl_device **dev);
+
 #endif

@@ -80,6 +80,8 @@ static cpl_status print_info(cpl_comm *world, cpl_arena *arena) {
         snprintf(text, sizeof text, "%s%s", library,
                  strcmp(cpl_comm_kind(world), "self") == 0 ? ", not used by one process without mpirun" : "");
         print_line("MPI", text, to);
+        cpl_comm_nccl(text, sizeof text);
+        print_line("NCCL", text, to);
         cpl_h5_library(text, sizeof text);
         print_line("HDF5", text, to);
         snprintf(text, sizeof text, "%.1f GiB",
@@ -88,8 +90,12 @@ static cpl_status print_info(cpl_comm *world, cpl_arena *arena) {
         cpl_device_describe(dev, print_line, to);
     }
     CPL_TRY(print_ranks(world, dev, arena, to));
+    CPL_TRY(cpl_comm_route(world, dev, text, sizeof text));
+    if (to != NULL) {
+        print_line("exchange", text, to);
+    }
 done:
-    cpl_device_destroy(&dev);
+    cpl_job_device_close(world, &dev);
     return st;
 }
 

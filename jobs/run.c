@@ -77,7 +77,7 @@ static cpl_status run_arguments(cpl_comm *world, cpl_arguments *a, cpl_job *job)
     cpl_status st = run_job(&ctx);
     cpl_watchdog_stop();
     cpl_context_close(&ctx);
-    cpl_device_destroy(&ctx.dev);
+    cpl_job_device_close(world, &ctx.dev);
     return st;
 }
 

@@ -41,6 +41,7 @@ static cpl_status trainer_create(trainer *r, const cpl_trainer_spec *spec) {
     *r = (trainer){.spec = spec, .t = spec->options, .dev = spec->dev, .comm = spec->comm};
     CPL_TRY(cpl_training_ready(r->t, spec->layout, ranks, spec->train, spec->val, spec->label));
     CPL_TRY(cpl_agree(r->comm, cpl_metrics_create(&r->metrics)));
+    CPL_TRY(cpl_comm_attach(r->comm, r->dev));
     CPL_TRY(cpl_optimizer_create(&r->opt, r->comm, r->dev, spec->layout, r->t, spec->initial, spec->mask));
     CPL_TRY(cpl_agree(r->comm, allocate_buffers(r)));
     CPL_TRY(cpl_shard_create(&r->shard, spec->layout, r->comm, true, spec->mask != NULL));
@@ -258,5 +259,8 @@ cpl_status cpl_trainer_run(const cpl_trainer_spec *spec, cpl_training_result *re
     cpl_device_memory(r.dev, &held, &result->device_bytes);
 done:
     trainer_destroy(&r);
+    if (st != CPL_OK) {
+        cpl_comm_detach(spec->comm); /* the ranks may have failed between two calls of NCCL */
+    }
     return st;
 }

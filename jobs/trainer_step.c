@@ -8,12 +8,13 @@
 #include <string.h>
 
 enum { TREE_DEPTH_MAX = 40 };
+static const char doing_step[] = "training step";
 
 /* One step's traffic with the device. All owned, of cpl_device_host_alloc. */
 typedef struct {
     int32_t *tokens;       /* [2][own micro-batches][rows]: tokens, then targets */
     float *lr;             /* [1] */
-    double *sums;          /* [3][G]: soft and hard loss sums, hidden losses of the micro-batches of all ranks */
+    double *sums;          /* [G][3]: soft and hard loss sum and hidden loss of each micro-batch of all ranks */
     uint32_t *kinds;       /* [tensors] */
     cpl_step_state *state; /* after the step */
     int64_t step;
@@ -32,7 +33,7 @@ struct cpl_steps {
     int64_t *owns;                /* owned [ranks+1]: rank r does micro-batches [owns[r], owns[r+1]) */
     int32_t *tokens;              /* owned, device [2][own][rows] */
     float *soft, *hard;           /* owned, device [rows] */
-    double *sums;                 /* owned, device [3][G] */
+    double *sums;                 /* owned, device [G][3] */
     float *tree[TREE_DEPTH_MAX];  /* device: gradient buffers of reduction: tree; [0] is opt->grad, the others owned */
     slot slot[CPL_STEPS_AHEAD];
     int64_t first, last; /* steps [first, last) are enqueued and not drained; step i is in slot i % CPL_STEPS_AHEAD */
@@ -41,6 +42,7 @@ struct cpl_steps {
     float scale;      /* loss scale of step `first` */
     double drained;   /* when the last one was */
     cpl_graph *graph; /* owned: a whole step, where the device records it */
+    bool recording;
 };
 
 static cpl_status allocate_slot(cpl_steps *s, slot *to) {
@@ -131,18 +133,19 @@ int64_t cpl_steps_bytes(const cpl_layout *layout, const cpl_training *t, int ran
 
 /* --- what a step enqueues --- */
 
-/* Forward and backward of this rank's micro-batch i of the step into grad, += or =. */
-static cpl_status micro_batch(cpl_steps *s, int64_t i, float *grad, bool overwrites) {
+/* Forward and backward of this rank's micro-batch i of the step into grad, += or =. ready: told of finished gradients, or NULL. */
+static cpl_status micro_batch(cpl_steps *s, int64_t i, float *grad, bool overwrites, const cpl_grad_ready *ready) {
     cpl_status st = CPL_OK;
     int64_t g = s->owns[cpl_comm_rank(s->comm)] + i;
     const int32_t *tokens = s->tokens + i * s->rows, *targets = tokens + s->own * s->rows;
     cpl_model_loss loss = s->spec->loss == NULL ? (cpl_model_loss){0} : *s->spec->loss;
-    loss.hidden = s->sums + 2 * s->G + g;
-    CPL_TRY(cpl_model_step(s->ws, s->opt->work, tokens, targets, &loss, s->opt->state, grad, overwrites, s->soft, s->hard));
+    double *sums = s->sums + 3 * g;
+    loss.hidden = sums + 2;
+    CPL_TRY(cpl_model_step(s->ws, s->opt->work, tokens, targets, &loss, s->opt->state, grad, overwrites, s->soft, s->hard, ready));
     if (s->spec->loss != NULL) {
-        CPL_TRY(CPL_OPS(s->dev, sum_f32, s->sums + g, s->soft, s->rows));
+        CPL_TRY(CPL_OPS(s->dev, sum_f32, sums, s->soft, s->rows));
     }
-    CPL_TRY(CPL_OPS(s->dev, sum_f32, s->sums + s->G + g, s->hard, s->rows));
+    CPL_TRY(CPL_OPS(s->dev, sum_f32, sums + 1, s->hard, s->rows));
 done:
     return st;
 }
@@ -152,7 +155,7 @@ done:
 static cpl_status tree_sum(cpl_steps *s, int64_t first, int64_t last, int depth) {
     cpl_status st = CPL_OK;
     if (last - first == 1) {
-        return micro_batch(s, first, s->tree[depth], true);
+        return micro_batch(s, first, s->tree[depth], true, NULL);
     }
     int64_t middle = first + (last - first) / 2;
     CPL_TRY(tree_sum(s, first, middle, depth));
@@ -162,10 +165,10 @@ done:
     return st;
 }
 
-static bool injects(const cpl_steps *s) {
+/* Whether a fault is injected on some rank at this step. */
+static bool faulty(const cpl_steps *s) {
     const cpl_training *t = s->t;
-    return t->inject_step >= 0 && s->step >= t->inject_step && s->step < t->inject_step + t->inject_count &&
-           cpl_comm_rank(s->comm) == t->inject_rank;
+    return t->inject_step >= 0 && s->step >= t->inject_step && s->step < t->inject_step + t->inject_count;
 }
 
 static cpl_status inject(cpl_steps *s) {
@@ -174,20 +177,37 @@ static cpl_status inject(cpl_steps *s) {
     return CPL_OPS(s->dev, upload, s->opt->grad + p->offset + cpl_param_count(p) / 2, &value, sizeof value);
 }
 
+/* In a graph the gradients are summed over the ranks beside the backward pass; *scanned: then. */
+static cpl_status last_micro_batch(cpl_steps *s, bool *scanned) {
+    cpl_status st = CPL_OK;
+    const cpl_grad_ready *ready = NULL;
+    *scanned = s->recording && cpl_optimizer_overlaps(s->opt);
+    if (*scanned) {
+        CPL_TRY(cpl_optimizer_overlap(s->opt, &ready));
+    }
+    CPL_TRY(micro_batch(s, s->own - 1, s->opt->grad, s->own == 1, ready));
+done:
+    return st;
+}
+
 static cpl_status accumulate(cpl_steps *s) {
     cpl_status st = CPL_OK;
+    bool scanned = false;
     CPL_TRY(CPL_OPS(s->dev, zero, s->sums, 3 * (size_t)s->G * sizeof(double)));
     if (s->t->reduction == CPL_REDUCTION_TREE) {
         CPL_TRY(tree_sum(s, 0, s->own, 0));
     } else {
-        for (int64_t i = 0; i < s->own; i++) {
-            CPL_TRY(micro_batch(s, i, s->opt->grad, i == 0));
+        for (int64_t i = 0; i < s->own - 1; i++) {
+            CPL_TRY(micro_batch(s, i, s->opt->grad, i == 0, NULL));
         }
+        CPL_TRY(last_micro_batch(s, &scanned));
     }
-    if (injects(s)) {
+    if (faulty(s) && cpl_comm_rank(s->comm) == s->t->inject_rank) {
         CPL_TRY(inject(s));
     }
-    CPL_TRY(cpl_optimizer_scan(s->opt));
+    if (!scanned) {
+        CPL_TRY(cpl_optimizer_scan(s->opt));
+    }
 done:
     return st;
 }
@@ -202,11 +222,7 @@ static cpl_status body(void *context) {
     cpl_steps *s = context;
     CPL_TRY(cpl_agree(s->comm, accumulate(s)));
     CPL_TRY(cpl_optimizer_step(s->opt));
-    CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums, sizeof(double), s->owns));
-    CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums + s->G, sizeof(double), s->owns));
-    if (hidden_weight(s) != 0) {
-        CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums + 2 * s->G, sizeof(double), s->owns));
-    }
+    CPL_TRY(cpl_comm_allgather(s->comm, s->dev, s->sums, 3 * sizeof(double), s->owns));
 done:
     return st;
 }
@@ -241,9 +257,9 @@ done:
 static cpl_status add_row(cpl_steps *s, const slot *from) {
     double soft = 0, hard = 0, hidden = 0, row[CPL_M_STEP_COLUMNS], now = cpl_now();
     for (int64_t g = 0; g < s->G; g++) {
-        soft += from->sums[g];
-        hard += from->sums[s->G + g];
-        hidden += from->sums[2 * s->G + g];
+        soft += from->sums[3 * g];
+        hard += from->sums[3 * g + 1];
+        hidden += from->sums[3 * g + 2];
     }
     double tokens = (double)s->G * (double)s->rows, began = from->started > s->drained ? from->started : s->drained;
     row[CPL_M_HARD_LOSS] = hard / tokens;
@@ -264,11 +280,11 @@ static cpl_status drain_one(cpl_steps *s) {
     cpl_status st = CPL_OK;
     int at = (int)(s->first % CPL_STEPS_AHEAD);
     const slot *from = &s->slot[at];
-    cpl_status local = cpl_device_wait(s->dev, at);
+    cpl_status local = cpl_comm_wait(s->comm, s->dev, at, doing_step);
     if (local == CPL_OK) {
         local = add_row(s, from);
     }
-    CPL_TRY(cpl_agree(s->comm, local));
+    CPL_TRY(cpl_comm_enqueued(s->comm, local, doing_step));
     s->first++;
     float used = s->scale;
     s->scale = from->state->loss_scale;
@@ -276,7 +292,7 @@ static cpl_status drain_one(cpl_steps *s) {
         CPL_TRY(cpl_trainer_overflow(s->comm, s->spec->layout, from->kinds, s->metrics, from->step, s->spec->label, from->state,
                                      used, s->t->overflow_limit));
     }
-    cpl_watchdog_beat("training step");
+    cpl_watchdog_beat(doing_step);
 done:
     return st;
 }
@@ -300,16 +316,23 @@ static cpl_status begin(cpl_steps *s, int64_t step) {
     return st;
 }
 
-/* Whatever runs for the first time takes memory and chooses algorithms; the same again is recorded. An injected fault is not. */
+static cpl_status record(cpl_steps *s) {
+    s->recording = true;
+    cpl_status st = cpl_device_record(s->dev, body, s, &s->graph);
+    s->recording = false;
+    return cpl_agree(s->comm, st);
+}
+
+/* Whatever runs for the first time takes memory and chooses algorithms; the same again is recorded. A step with an injected fault
+ * is not, on any rank: whether an operation of NCCL is in a graph must be the same on all. */
 static cpl_status enqueue(cpl_steps *s) {
     cpl_status st = CPL_OK;
-    if (s->graph != NULL && !injects(s)) {
-        CPL_TRY(cpl_agree(s->comm, cpl_device_replay(s->dev, s->graph)));
-        return CPL_OK;
+    if (s->graph != NULL && !faulty(s)) {
+        return cpl_comm_enqueued(s->comm, cpl_device_replay(s->dev, s->graph), doing_step);
     }
     CPL_TRY(body(s));
-    if (s->graph == NULL && cpl_comm_enqueues(s->comm) && !injects(s)) {
-        CPL_TRY(cpl_agree(s->comm, cpl_device_record(s->dev, body, s, &s->graph)));
+    if (s->graph == NULL && cpl_comm_enqueues(s->comm) && !faulty(s)) {
+        CPL_TRY(record(s));
     }
 done:
     return st;
@@ -336,7 +359,7 @@ cpl_status cpl_steps_enqueue(cpl_steps *s, int64_t step, bool *stop) {
     }
     *stop = (word & CPL_WORD_STOP) != 0;
     CPL_TRY(enqueue(s));
-    CPL_TRY(cpl_agree(s->comm, fetch(s, to, at)));
+    CPL_TRY(cpl_comm_enqueued(s->comm, fetch(s, to, at), doing_step));
     s->last = step + 1;
     if (s->graph == NULL) {
         CPL_TRY(cpl_steps_drain(s));

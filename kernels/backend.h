@@ -20,6 +20,9 @@ typedef struct {
     cpl_status (*mark)(cpl_device *dev, int slot);
     cpl_status (*wait)(cpl_device *dev, int slot);
     cpl_status (*mark_ms)(cpl_device *dev, int from, int to, double *ms);
+    cpl_status (*over)(cpl_device *dev, int slot, bool *over);
+    void (*identity)(const cpl_device *dev, char *out, size_t size);
+    void *(*stream)(const cpl_device *dev);
     cpl_status (*record)(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
     cpl_status (*replay)(cpl_device *dev, cpl_graph *graph);
     void (*forget)(cpl_graph *graph);

@@ -181,6 +181,25 @@ cpl_status cpl_device_mark_ms(cpl_device *dev, int from, int to, double *ms) {
     return backend->mark_ms == NULL ? CPL_OK : backend->mark_ms(dev, from, to, ms);
 }
 
+cpl_status cpl_device_over(cpl_device *dev, int slot, bool *over) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    *over = true;
+    return backend->over == NULL ? CPL_OK : backend->over(dev, slot, over);
+}
+
+void cpl_device_identity(const cpl_device *dev, char *out, size_t size) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    out[0] = '\0';
+    if (backend->identity != NULL) {
+        backend->identity(dev, out, size);
+    }
+}
+
+void *cpl_device_stream(const cpl_device *dev) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->stream == NULL ? NULL : backend->stream(dev);
+}
+
 cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
     const cpl_backend *backend = shared_of(dev)->backend;
     *out = NULL;

@@ -111,6 +111,14 @@ enum { CPL_MARKS = 64 };
 cpl_status cpl_device_mark(cpl_device *dev, int slot);
 cpl_status cpl_device_wait(cpl_device *dev, int slot);
 cpl_status cpl_device_mark_ms(cpl_device *dev, int from, int to, double *ms);
+/* The same without waiting: *over says whether wait would return at once. */
+cpl_status cpl_device_over(cpl_device *dev, int slot, bool *over);
+
+/* For those who move device memory beside the operations. identity: the GPU's place on this host, the same for all processes that
+ * use it (PCI bus, device, function); "" where the device is the host. stream: the order of all operations (cudaStream_t), NULL
+ * there. */
+void cpl_device_identity(const cpl_device *dev, char *out, size_t size);
+void *cpl_device_stream(const cpl_device *dev);
 
 /* Graphs: what `body` enqueues, to be enqueued again as one. body must have run once before (it takes its memory then) and may
  * neither wait nor use upload or download. *out NULL: this device records none, and the caller runs body itself. */

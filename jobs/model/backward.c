@@ -80,15 +80,29 @@ cpl_status cpl_final_norm_backward(cpl_workspace *ws, const void *weights, const
                    ws->sum, ws->mean, ws->rstd, cpl_weight(ws, weights, gain), ws->R, ws->layout->shape.width);
 }
 
+/* Range k of cpl_layout_range has its gradients. */
+static cpl_status tell(const cpl_layout *l, int64_t k, const cpl_grad_ready *ready) {
+    int64_t first = 0, last = 0;
+    if (ready == NULL) {
+        return CPL_OK;
+    }
+    cpl_layout_range(l, k, &first, &last);
+    return ready->ready(ready->to, first, last);
+}
+
 /* From the gradient over the residual stream at the end, in ws->dsum. */
-static cpl_status backward_of_blocks(cpl_workspace *ws, const void *weights, const int32_t *tokens, float *grad, bool overwrites) {
+static cpl_status backward_of_blocks(cpl_workspace *ws, const void *weights, const int32_t *tokens, float *grad, bool overwrites,
+                                     const cpl_grad_ready *ready) {
     cpl_status st = CPL_OK;
     const cpl_layout *l = ws->layout;
     for (int64_t layer = l->shape.layers - 1; layer >= 0; layer--) {
         CPL_TRY(backward_of_block(ws, weights, grad, overwrites, layer));
+        CPL_TRY(tell(l, l->shape.layers - 1 - layer, ready));
     }
+    CPL_TRY(tell(l, l->shape.layers, ready));
     CPL_TRY(CPL_OPS(ws->dev, embed_bwd, ws->dt, grad + cpl_layout_wte(l)->offset, grad + cpl_layout_wpe(l)->offset, ws->dsum,
                     tokens, ws->B, ws->T, l->shape.width, l->shape.vocab));
+    CPL_TRY(tell(l, l->shape.layers + 1, ready));
 done:
     return st;
 }
@@ -106,7 +120,7 @@ done:
 
 cpl_status cpl_model_step(cpl_workspace *ws, const void *weights, const int32_t *tokens, const int32_t *targets,
                           const cpl_model_loss *loss, const cpl_step_state *state, float *grad, bool overwrites, float *soft,
-                          float *hard) {
+                          float *hard, const cpl_grad_ready *ready) {
     cpl_status st = CPL_OK;
     cpl_workspace *teacher = loss == NULL ? NULL : loss->teacher_workspace;
     bool hidden = teacher != NULL && loss->hidden_weight != 0.0f;
@@ -128,7 +142,7 @@ cpl_status cpl_model_step(cpl_workspace *ws, const void *weights, const int32_t 
     if (hidden) {
         CPL_TRY(cpl_hidden_step(ws, weights, loss, state, grad));
     }
-    CPL_TRY(backward_of_blocks(ws, weights, tokens, grad, overwrites));
+    CPL_TRY(backward_of_blocks(ws, weights, tokens, grad, overwrites, ready));
 done:
     return st;
 }

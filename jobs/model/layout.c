@@ -214,6 +214,21 @@ const cpl_param *cpl_layout_block(const cpl_layout *l, int64_t layer, cpl_block_
     return &l->param[i];
 }
 
+int64_t cpl_layout_ranges(const cpl_layout *l) {
+    return l->shape.layers + 2;
+}
+
+void cpl_layout_range(const cpl_layout *l, int64_t k, int64_t *first, int64_t *last) {
+    int64_t layers = l->shape.layers, vectors = OUTSIDE_FIRST + layers * BLOCK_MATRICES;
+    if (k < layers) {
+        *first = OUTSIDE_FIRST + (layers - 1 - k) * BLOCK_MATRICES;
+        *last = *first + BLOCK_MATRICES;
+    } else {
+        *first = k == layers ? vectors : 0;
+        *last = k == layers ? l->count : OUTSIDE_FIRST;
+    }
+}
+
 void cpl_layout_shards(const cpl_layout *l, int ranks, int64_t *begin) {
     int64_t chunks = (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
     int64_t each = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK;

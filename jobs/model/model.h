@@ -74,6 +74,11 @@ static inline int64_t cpl_param_count(const cpl_param *p) {
 /* Parts of a flat buffer for `ranks` ranks: begin [ranks+1], multiples of CPL_SUM_CHUNK (but for begin[ranks] = total and the empty
  * parts that start there), equal but for the tail (which may be empty). */
 void cpl_layout_shards(const cpl_layout *l, int ranks, int64_t *begin);
+/* The order in which a backward pass finishes the gradients, in ranges of whole tensors: range k, 0 <= k < cpl_layout_ranges, is
+ * that of tensors [*first, *last): the 2-D weights of the last block ... the first block, all vectors, the embeddings (tied to the
+ * head, so wte is the first to get a gradient and among the last to have it whole). Each tensor is in one range. */
+int64_t cpl_layout_ranges(const cpl_layout *l);
+void cpl_layout_range(const cpl_layout *l, int64_t k, int64_t *first, int64_t *last);
 /* GPT-2 initialisation into a flat host buffer [total]: N(0, 0.02), residual outputs N(0, 0.02/sqrt(2 layers)), wpe N(0, 0.01),
  * gains 1, biases 0, distill.projection N(0, 1/sqrt(width)); each element a function of (seed, its tensor and index) alone, and of
  * the number of layers where it says so.
@@ -111,19 +116,26 @@ typedef struct {
 /* What is minimised but for the hidden-state loss, from the means (or sums, or one row) of the two outputs of cpl_model_step. */
 double cpl_model_loss_total(const cpl_model_loss *loss, double soft, double hard);
 
+/* Who is told during a backward pass that the gradients of tensors [first, last) are final on the device from here on, in the order
+ * of cpl_layout_range. */
+typedef struct {
+    cpl_status (*ready)(void *to, int64_t first, int64_t last);
+    void *to; /* borrowed */
+} cpl_grad_ready;
+
 /* Runs the blocks on tokens [B,T] (device, i32) and leaves the final normalised hidden state in the workspace. weights [total] act.
  */
 cpl_status cpl_model_forward(cpl_workspace *ws, const void *weights, const int32_t *tokens);
 /* Head and loss after cpl_model_forward, without gradients: losses [B*T] f32 on the device (mean not taken). */
 cpl_status cpl_model_losses(cpl_workspace *ws, const void *weights, const int32_t *targets, float *losses);
-/* Forward, loss and backward of one micro-batch: grad [total] f32 += d(state->loss_scale * mean loss), or = where `overwrites` (gaps
- * between tensors stay as they are).
- * hard [B*T] f32: cross-entropy of each row; soft [B*T] f32: distillation loss of each row (numerics: loss, distillation), not
- * written and may be NULL without a teacher. Enqueues only: the host waits for nothing. Deterministic; the same bits for every
- * `recompute`. Errors: CPL_USAGE where teacher and student do not fit; CPL_INTERNAL for a workspace made without training. */
+/* Forward, loss and backward of one micro-batch: grad [total] f32 += d(state->loss_scale * mean loss), or = where `overwrites`
+ * (gaps between tensors stay as they are). hard [B*T] f32: cross-entropy of each row; soft [B*T] f32: distillation loss of each row
+ * (numerics: loss, distillation), not written and may be NULL without a teacher. ready: told of finished gradients, or NULL.
+ * Enqueues only: the host waits for nothing. Deterministic; the same bits for every `recompute`. Errors: CPL_USAGE where teacher
+ * and student do not fit; CPL_INTERNAL for a workspace made without training. */
 cpl_status cpl_model_step(cpl_workspace *ws, const void *weights, const int32_t *tokens, const int32_t *targets,
                           const cpl_model_loss *loss, const cpl_step_state *state, float *grad, bool overwrites, float *soft,
-                          float *hard);
+                          float *hard, const cpl_grad_ready *ready);
 /* Logits of rows [first_row, first_row + rows) after cpl_model_forward, rows <= cpl_workspace_loss_rows: *logits [rows, V] act,
  * device memory of the workspace, valid until its next use. Row b*T + t is position t of sequence b. */
 cpl_status cpl_model_logits_rows(cpl_workspace *ws, const void *weights, int64_t first_row, int64_t rows, void **logits);

@@ -3,6 +3,8 @@
 #include "jobs/optim/optimizer.h"
 #include <string.h>
 
+enum { UPDATE_SLICES = 4 };
+
 cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches) {
     bool dynamic =
         t->loss_scaling == CPL_SCALING_DYNAMIC || (t->loss_scaling == CPL_SCALING_AUTO && t->precision == CPL_PRECISION_FP16);
@@ -48,6 +50,8 @@ static cpl_status divide(cpl_optimizer *o, const cpl_training *t) {
 done:
     return st;
 }
+
+static cpl_status scan_and_sum(void *to, int64_t first, int64_t last);
 
 static cpl_status allocate(cpl_optimizer *o, bool masked) {
     cpl_status st = CPL_OK;
@@ -111,10 +115,17 @@ cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device 
         o->dtype = cpl_precision_dtype(t->precision);
         o->weight_decay = (float)t->weight_decay;
         o->rules = cpl_step_rules_of(t, t->global_batch / t->micro_batch);
+        o->ready = (cpl_grad_ready){scan_and_sum, o};
         local = divide(o, t);
     }
     if (local == CPL_OK) {
+        local = cpl_alloc(&o->relative, (size_t)layout->count + 1, sizeof *o->relative, "offsets of gradients");
+    }
+    if (local == CPL_OK) {
         local = allocate(o, mask != NULL);
+    }
+    if (local == CPL_OK) {
+        cpl_reduction_begin(&o->reduction, comm, dev, o->grad, o->shard, t->reduction == CPL_REDUCTION_TREE);
     }
     CPL_TRY(cpl_agree(comm, local));
     cpl_step_state state = {.loss_scale = first_scale(t), .hysteresis_left = (int32_t)t->hysteresis};
@@ -148,39 +159,101 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
     cpl_device_free(o->dev, &o->kinds);
     cpl_device_free(o->dev, &o->overflow);
     cpl_device_free(o->dev, &o->state);
+    cpl_free(&o->relative);
     cpl_free(&o->shard);
     cpl_free(&o->chunk);
     cpl_free(opt);
 }
 
 int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked) {
-    int64_t shard[2] = {0, layout->total};
     int64_t each = (chunks_of(layout) + ranks - 1) / ranks * CPL_SUM_CHUNK; /* as cpl_layout_shards */
+    int64_t begin = 0, end = layout->total, longest = each < end ? each : end;
     if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
-        shard[0] = each * rank < layout->total ? each * rank : layout->total;
-        shard[1] = each * (rank + 1) < layout->total ? each * (rank + 1) : layout->total;
+        begin = each * rank < end ? each * rank : end;
+        end = each * (rank + 1) < end ? each * (rank + 1) : end;
     }
-    int64_t count = shard[1] - shard[0], element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
+    int64_t count = end - begin, element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
     int64_t master = t->precision == CPL_PRECISION_FP32 ? 0 : 4;
     return layout->total * (element + 4) + count * (master + 8 + masked) + 8 * chunks_of(layout) + 4 * (layout->count + 1) +
-           (int64_t)sizeof(cpl_step_state);
+           (int64_t)sizeof(cpl_step_state) + cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE);
 }
 
-cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
+/* --- the step --- */
+
+static void sum_anew(cpl_optimizer *o) {
+    const cpl_reduction *r = &o->reduction;
+    cpl_reduction_begin(&o->reduction, r->comm, r->dev, r->x, r->begin, r->exact);
+}
+
+/* Whether the scan makes the norm's partial sums in the same pass: nothing is summed over ranks between. */
+static bool scan_makes_sums(const cpl_optimizer *o) {
+    return cpl_comm_size(o->comm) == 1 && !cpl_comm_overlaps(o->comm);
+}
+
+/* This rank's own gradient of tensors [first, last): the sum over ranks would change it. */
+static cpl_status scan_range(cpl_optimizer *o, int64_t first, int64_t last) {
+    double *chunk_sums = scan_makes_sums(o) ? o->chunk_sums : NULL; /* then the range is everything */
+    const int64_t *begin = o->layout->begin;
+    for (int64_t i = first; i <= last; i++) {
+        o->relative[i - first] = begin[i] - begin[first];
+    }
+    return CPL_OPS(o->dev, grad_scan, o->kinds + first, o->overflow, chunk_sums, o->grad + begin[first], o->relative, last - first);
+}
+
+static cpl_status scan_and_sum(void *to, int64_t first, int64_t last) {
     cpl_status st = CPL_OK;
-    CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
-    double *chunk_sums = cpl_comm_size(o->comm) == 1 ? o->chunk_sums : NULL; /* else of the sum over ranks, in decide */
-    CPL_TRY(CPL_OPS(o->dev, grad_scan, o->kinds, o->overflow, chunk_sums, o->grad, o->layout->begin, o->layout->count));
+    cpl_optimizer *o = to;
+    CPL_TRY(scan_range(o, first, last));
+    CPL_TRY(cpl_reduction_add(&o->reduction, o->layout->begin[first], o->layout->begin[last]));
 done:
     return st;
 }
 
-/* AdamW over [first, first+count): decayed tensors come first in the flat order. */
-static cpl_status update(cpl_optimizer *o) {
+bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
+    return cpl_comm_overlaps(o->comm) && !o->reduction.exact;
+}
+
+cpl_status cpl_optimizer_overlap(cpl_optimizer *o, const cpl_grad_ready **ready) {
+    sum_anew(o);
+    *ready = &o->ready;
+    return CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow);
+}
+
+/* By the same ranges where another run overlaps: what a graph uses must have been used before. */
+cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    int64_t end = o->first + o->count;
-    int64_t middle = o->layout->decayed_end < o->first ? o->first : o->layout->decayed_end > end ? end : o->layout->decayed_end;
-    const int64_t from[3] = {o->first, middle, end};
+    int64_t ranges = cpl_optimizer_overlaps(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
+    sum_anew(o);
+    CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
+    for (int64_t k = 0; k < ranges; k++) {
+        if (ranges > 1) {
+            cpl_layout_range(o->layout, k, &first, &last);
+        }
+        CPL_TRY(scan_range(o, first, last));
+    }
+done:
+    return st;
+}
+
+/* What no backward pass has announced, in its order, so that the same pieces are summed: over more than 2 ranks the bits may depend
+ * on them. */
+static cpl_status sum_over_ranks(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    int64_t first = 0, last = 0;
+    for (int64_t k = 0; o->reduction.covered < o->layout->total && k < cpl_layout_ranges(o->layout); k++) {
+        cpl_layout_range(o->layout, k, &first, &last);
+        CPL_TRY(cpl_reduction_add(&o->reduction, o->layout->begin[first], o->layout->begin[last]));
+    }
+    CPL_TRY(cpl_reduction_end(&o->reduction));
+done:
+    return st;
+}
+
+/* AdamW over [first, last), a part of what is updated here: decayed tensors come first in the flat order. */
+static cpl_status update(cpl_optimizer *o, int64_t first, int64_t last) {
+    cpl_status st = CPL_OK;
+    int64_t middle = o->layout->decayed_end < first ? first : o->layout->decayed_end > last ? last : o->layout->decayed_end;
+    const int64_t from[3] = {first, middle, last};
     for (int part = 0; part < 2; part++) {
         int64_t at = from[part] - o->first, n = from[part + 1] - from[part];
         if (n == 0) {
@@ -194,12 +267,26 @@ done:
     return st;
 }
 
+/* ZeRO-1: the own shard in slices, each handed round while the next is updated. The largest shard is rank 0's. */
+static cpl_status update_and_hand_round(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    int slices = cpl_comm_overlaps(o->comm) && o->shard[1] - o->shard[0] >= UPDATE_SLICES * CPL_BUCKET ? UPDATE_SLICES : 1;
+    for (int k = 0; k < slices; k++) {
+        int64_t first = 0, last = 0;
+        cpl_comm_slice(o->begin, o->begin + o->n, k, slices, &first, &last);
+        CPL_TRY(cpl_agree(o->comm, update(o, first, last)));
+        CPL_TRY(cpl_comm_allgather_slice(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard, k, slices));
+    }
+done:
+    return st;
+}
+
 /* Norm and decision from the summed gradient; every rank gets the same bits, for one partial sum per chunk is gathered, not added
  * up on the way. */
 static cpl_status decide(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int rank = cpl_comm_rank(o->comm);
-    if (cpl_comm_size(o->comm) > 1) {
+    if (!scan_makes_sums(o)) {
         CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
     }
@@ -214,15 +301,16 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
 
 cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
+    CPL_TRY(sum_over_ranks(o));
     CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow));
-    CPL_TRY(cpl_comm_reduce_scatter(o->comm, o->dev, o->grad, o->shard));
     if (!o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
     }
     CPL_TRY(decide(o));
-    CPL_TRY(cpl_agree(o->comm, update(o)));
     if (o->sharded) {
-        CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard));
+        CPL_TRY(update_and_hand_round(o));
+    } else {
+        CPL_TRY(cpl_agree(o->comm, update(o, o->first, o->first + o->count)));
     }
 done:
     return st;

@@ -1,4 +1,5 @@
-/* The optimizer's flat buffers on one rank and the end of a step: reduce, decide, update, hand the new weights round.
+/* The optimizer's flat buffers on one rank and the end of a step: reduce (beside the backward pass where the group can), decide,
+ * update, hand the new weights round.
  * Refuses to touch a parameter before all ranks have agreed on overflow. */
 #ifndef CPL_JOBS_OPTIM_OPTIMIZER_H
 #define CPL_JOBS_OPTIM_OPTIMIZER_H
@@ -22,6 +23,9 @@ typedef struct {
     int64_t first, count; /* updated here */
     float weight_decay;
     cpl_step_rules rules;
+    cpl_reduction reduction; /* of grad over the ranks */
+    cpl_grad_ready ready;    /* of cpl_optimizer_overlap */
+    int64_t *relative;       /* owned [tensors+1], host: offsets within the range being scanned */
     /* owned, device */
     void *work;         /* [total] act: what forward and backward read */
     float *grad;        /* [total]: sum over this rank's micro-batches, still scaled */
@@ -47,10 +51,17 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
 
 /* Which tensors of this rank's gradient are not finite (into kinds, overflow). */
 cpl_status cpl_optimizer_scan(cpl_optimizer *opt);
+/* In place of cpl_optimizer_scan, before the step's last backward pass: *ready (borrowed) is for cpl_model_step, which tells it of
+ * each range; then that is scanned, and summed over the ranks beside the rest of the backward pass. The bits are those of the other
+ * way. Only while a graph is recorded that cpl_optimizer_step is part of, and on all ranks: one that fails on the way would leave
+ * the others' GPUs waiting. */
+cpl_status cpl_optimizer_overlap(cpl_optimizer *opt, const cpl_grad_ready **ready);
+/* Whether that is of use: cpl_comm_overlaps and reduction: linear. */
+bool cpl_optimizer_overlaps(const cpl_optimizer *opt);
 /* The learning rate of the steps that follow; lr: of cpl_device_host_alloc, as for feed. */
 cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);
-/* Collective, after cpl_optimizer_scan: combines the overflow, sums the gradient over ranks, decides, updates, gathers the working
- * copy. */
+/* Collective, after cpl_optimizer_scan or the backward pass of cpl_optimizer_overlap: combines the overflow, sums the gradient over
+ * ranks, decides, updates, gathers the working copy. */
 cpl_status cpl_optimizer_step(cpl_optimizer *opt);
 
 /* This rank's shard of param, m, v to (download) or from (restore) host buffers [n] each. restore is collective: the working copy

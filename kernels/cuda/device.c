@@ -199,6 +199,23 @@ static cpl_status mark_ms(cpl_device *dev, int from, int to, double *ms) {
     return st;
 }
 
+static cpl_status over_mark(cpl_device *dev, int slot, bool *over) {
+    cudaError_t error = cudaEventQuery(cpl_cuda_of(dev)->mark[slot]);
+    *over = error == cudaSuccess;
+    return error == cudaErrorNotReady ? CPL_OK : cpl_cuda_status(error, __FILE__, __LINE__, "wait for the GPU");
+}
+
+static void identity(const cpl_device *dev, char *out, size_t size) {
+    if (cudaDeviceGetPCIBusId(out, (int)size, cpl_cuda_of(dev)->ordinal) != cudaSuccess) {
+        (void)cudaGetLastError();
+        snprintf(out, size, "GPU %d", cpl_cuda_of(dev)->ordinal);
+    }
+}
+
+static void *stream(const cpl_device *dev) {
+    return cpl_cuda_stream(dev);
+}
+
 static void forget(cpl_graph *graph) {
     if (graph->exec != NULL) {
         cudaGraphExecDestroy(graph->exec);
@@ -358,6 +375,9 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .mark = mark,
                                       .wait = wait_mark,
                                       .mark_ms = mark_ms,
+                                      .over = over_mark,
+                                      .identity = identity,
+                                      .stream = stream,
                                       .record = record,
                                       .replay = replay,
                                       .forget = forget,

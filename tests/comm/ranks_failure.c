@@ -1,16 +1,28 @@
 /* A job that goes wrong in the way and on the rank that its arguments say, with the shape that main has everywhere: run, agree, one
  * message, end, exit. Refuses nothing itself: test_comm_failures.sh judges what comes out. */
-#include "comm/comm.h"
+#include "comm/internal.h"
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+_Noreturn static void look_for_the_dead(cpl_comm *world) {
+    signal(SIGTERM, SIG_IGN); /* as cupel does: it is mpirun's next word */
+    int rank = -1;
+    while (rank < 0) {
+        usleep(1000);
+        rank = cpl_watchdog_gone();
+    }
+    (void)cpl_fail(CPL_COMM, __FILE__, __LINE__, "rank %d of this host has ended", rank);
+    cpl_comm_end(world, "the phase");
+}
+
 /* usage: ranks_failure WAY RANK [RANK2]; WAY:
  *   none input usage stopped   the status of a phase, on RANK (and RANK2)
  *   mpi                        an MPI call fails on RANK, the others wait in a barrier
  *   abort                      RANK gives up at once with exit status 9
+ *   gone                       RANK is killed, the others look for ranks that have ended, as they do while they wait for a GPU
  *   freeze loop kill           RANK is stopped by SIGSTOP, hangs, is killed, while the others wait in a barrier; watchdog of 3 s
  * Every process leaves its id in the file pid-<rank>. */
 static cpl_status phase(cpl_comm *world, const char *way, int mine) {
@@ -28,8 +40,10 @@ static cpl_status phase(cpl_comm *world, const char *way, int mine) {
         cpl_world_abort(world, 9);
     } else if (mine && strcmp(way, "freeze") == 0) {
         raise(SIGSTOP);
-    } else if (mine && strcmp(way, "kill") == 0) {
+    } else if (mine && (strcmp(way, "kill") == 0 || strcmp(way, "gone") == 0)) {
         raise(SIGKILL);
+    } else if (strcmp(way, "gone") == 0) {
+        look_for_the_dead(world);
     }
     while (mine && strcmp(way, "loop") == 0) {
         usleep(1000);

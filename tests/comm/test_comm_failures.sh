@@ -54,6 +54,10 @@ job 3 1 30 mpi 1
 has err "cupel: rank 1: cannot send a value to all ranks: MPI_ERR_ROOT"
 job 3 9 30 abort 2
 job 3 nonzero 30 kill 1
+for rank in 0 1; do
+    job 2 nonzero 30 gone $rank
+    says "cupel: rank $((1 - rank)) on $(uname -n): the phase: rank $rank of this host has ended"
+done
 for rank in 0 2; do
     job 3 1 40 freeze $rank
     says ": no progress for 3 s in phase 'the barrier'; rank $rank of this host is stopped"

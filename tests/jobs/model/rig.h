@@ -137,7 +137,7 @@ static inline void rig_destroy(rig *r) {
 static inline void rig_accumulate(rig *r, const cpl_model_loss *loss) {
     cpl_model_loss used = loss != NULL ? *loss : (cpl_model_loss){0};
     used.row_weight = r->valid > 0 ? (float)(1.0 / (double)r->valid) : 1.0f;
-    assert_ok(cpl_model_step(r->ws, r->weights, r->tokens, r->targets, &used, r->state, r->grad, false, r->soft, r->hard));
+    assert_ok(cpl_model_step(r->ws, r->weights, r->tokens, r->targets, &used, r->state, r->grad, false, r->soft, r->hard, NULL));
 }
 
 /* The gradient of one step alone, a new host array [total]. */

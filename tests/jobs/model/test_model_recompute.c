@@ -140,16 +140,20 @@ static void test_step_refuses_what_does_not_fit(void **state) {
     rig_create(&teacher, dev, other, CPL_F32, 3, false, CPL_RECOMPUTE_NONE, 0);
     const cpl_model_loss loss = {
         .teacher_weights = teacher.weights, .teacher_workspace = teacher.ws, .temperature = 1.0f, .alpha = 0.5f};
-    assert_int_equal(cpl_model_step(r.ws, r.weights, r.tokens, r.targets, &loss, r.state, r.grad, false, r.soft, r.hard), CPL_USAGE);
+    assert_int_equal(cpl_model_step(r.ws, r.weights, r.tokens, r.targets, &loss, r.state, r.grad, false, r.soft, r.hard, NULL),
+                     CPL_USAGE);
     assert_non_null(strstr(cpl_status_message(), "vocab 102"));
-    assert_int_equal(cpl_model_step(r.ws, r.weights, r.tokens, r.targets, &loss, r.state, r.grad, false, NULL, r.hard), CPL_INTERNAL);
-    assert_int_equal(cpl_model_step(teacher.ws, r.weights, r.tokens, r.targets, NULL, r.state, r.grad, false, NULL, r.hard), CPL_INTERNAL);
+    assert_int_equal(cpl_model_step(r.ws, r.weights, r.tokens, r.targets, &loss, r.state, r.grad, false, NULL, r.hard, NULL),
+                     CPL_INTERNAL);
+    assert_int_equal(cpl_model_step(teacher.ws, r.weights, r.tokens, r.targets, NULL, r.state, r.grad, false, NULL, r.hard, NULL),
+                     CPL_INTERNAL);
     rig_destroy(&teacher);
     other = (cpl_model_shape){.layers = 1, .heads = 1, .width = 8, .context = shape.context, .vocab = shape.vocab};
     rig_create(&teacher, dev, other, CPL_F32, 3, false, CPL_RECOMPUTE_NONE, 0);
     cpl_model_loss hidden = {
         .teacher_weights = teacher.weights, .teacher_workspace = teacher.ws, .temperature = 1.0f, .hidden_weight = 1.0f};
-    assert_int_equal(cpl_model_step(r.ws, r.weights, r.tokens, r.targets, &hidden, r.state, r.grad, false, r.soft, r.hard), CPL_USAGE);
+    assert_int_equal(cpl_model_step(r.ws, r.weights, r.tokens, r.targets, &hidden, r.state, r.grad, false, r.soft, r.hard, NULL),
+                     CPL_USAGE);
     assert_non_null(strstr(cpl_status_message(), "widths 33 and 8"));
     rig_destroy(&teacher);
     rig_destroy(&r);

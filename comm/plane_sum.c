@@ -1,0 +1,201 @@
+/* Sums and collects flat device buffers where the group has a plane (NCCL): at once, or range by range beside other work.
+ * Refuses ranges that do not cover the buffer once, and in a sum by tree any order but that of the rank numbers. */
+#include "comm/internal.h"
+
+enum { SLICES = 16, SLICE_MOST = 1 << 20 }; /* of the longest part; elements */
+
+int64_t cpl_plane_slice(int64_t longest) {
+    int64_t slice = (longest / SLICES / CPL_SUM_CHUNK + 1) * CPL_SUM_CHUNK;
+    return slice < SLICE_MOST ? slice : SLICE_MOST;
+}
+
+int64_t cpl_reduction_bytes(int64_t longest, int ranks, bool exact) {
+    return exact && ranks > 2 ? (ranks - 1) * cpl_plane_slice(longest) * (int64_t)sizeof(float) : 0;
+}
+
+static int64_t longest_part(const int64_t *begin, int size) {
+    int64_t longest = 0;
+    for (int r = 0; r < size; r++) {
+        int64_t n = begin[r + 1] - begin[r];
+        longest = n > longest ? n : longest;
+    }
+    return longest;
+}
+
+/* The first time on all ranks at once: its size depends on the parts alone. */
+static cpl_status stage_ensure(cpl_plane *p, int64_t elements) {
+    cpl_status st = CPL_OK;
+    if (p->stage_size >= (size_t)elements) {
+        return CPL_OK;
+    }
+    cpl_device_free(p->dev, &p->stage);
+    p->stage_size = 0;
+    CPL_TRY(cpl_agree(
+        p->comm, cpl_device_alloc(p->dev, &p->stage, (size_t)elements, sizeof *p->stage, "staging memory of a sum over ranks")));
+    p->stage_size = (size_t)elements;
+done:
+    return st;
+}
+
+/* leaf[lo] = sum of leaf[lo .. hi-1], n elements each; the inner leaves are used up. */
+static cpl_status tree_sum(cpl_device *dev, const cpl_piece *leaf, int lo, int hi, int64_t n) {
+    cpl_status st = CPL_OK;
+    if (hi - lo < 2) {
+        return CPL_OK;
+    }
+    int middle = lo + (hi - lo) / 2;
+    CPL_TRY(tree_sum(dev, leaf, lo, middle, n));
+    CPL_TRY(tree_sum(dev, leaf, middle, hi, n));
+    CPL_TRY(CPL_OPS(dev, add_f32, leaf[lo].data, leaf[middle].data, n));
+done:
+    return st;
+}
+
+/* One slice of every part: all ranks' slices of the own part are brought together, then added. */
+static cpl_status tree_slice(cpl_plane *p, float *x, const int64_t *begin, int64_t k, int64_t slice) {
+    cpl_status st = CPL_OK;
+    cpl_comm *c = p->comm;
+    cpl_piece *to = c->pieces, *from = c->pieces + c->size;
+    int64_t own_first = 0, first = 0, own = cpl_parts_slice(begin, c->rank, k, slice, &own_first);
+    for (int q = 0, other = 0; q < c->size; q++) {
+        int64_t n = cpl_parts_slice(begin, q, k, slice, &first);
+        to[q] = (cpl_piece){x + first, (size_t)n * sizeof(float)};
+        from[q] = (cpl_piece){q == c->rank ? x + own_first : p->stage + slice * other++, (size_t)own * sizeof(float)};
+    }
+    CPL_TRY(p->ops->fork(p));
+    CPL_TRY(p->ops->exchange(p, to, from));
+    CPL_TRY(p->ops->join(p));
+    if (own > 0) {
+        CPL_TRY(tree_sum(p->dev, from, 0, c->size, own));
+    }
+    if (own > 0 && c->rank != 0) {
+        CPL_TRY(CPL_OPS(p->dev, copy, x + own_first, from[0].data, from[0].bytes));
+    }
+done:
+    return st;
+}
+
+cpl_status cpl_plane_reduce(cpl_comm *c, float *x, const int64_t *begin, int64_t first, int64_t last) {
+    int64_t sum = 0;
+    for (int r = 0; r < c->size; r++) {
+        int64_t from = begin[r] > first ? begin[r] : first, to = begin[r + 1] < last ? begin[r + 1] : last;
+        c->first[r] = from;
+        c->count[r] = to > from ? to - from : 0;
+        sum += c->count[r];
+    }
+    return sum == 0 ? CPL_OK : c->plane->ops->reduce(c->plane, x, c->first, c->count);
+}
+
+/* The sum of two is the tree over two, whoever adds. */
+cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin) {
+    cpl_status st = CPL_OK;
+    cpl_plane *p = c->plane;
+    if (c->size <= 2) {
+        CPL_TRY(p->ops->fork(p));
+        CPL_TRY(cpl_plane_reduce(c, x, begin, begin[0], begin[c->size]));
+        return p->ops->join(p);
+    }
+    int64_t slice = cpl_plane_slice(longest_part(begin, c->size)), rounds = cpl_parts_rounds(c, begin, slice);
+    CPL_TRY(stage_ensure(p, (c->size - 1) * slice));
+    for (int64_t k = 0; k < rounds; k++) {
+        CPL_TRY(tree_slice(p, x, begin, k, slice));
+    }
+done:
+    return st;
+}
+
+void cpl_comm_slice(int64_t begin, int64_t end, int k, int slices, int64_t *first, int64_t *last) {
+    int64_t chunks = (end - begin + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
+    *first = begin + chunks * k / slices * CPL_SUM_CHUNK;
+    *last = k + 1 == slices ? end : begin + chunks * (k + 1) / slices * CPL_SUM_CHUNK;
+}
+
+cpl_status cpl_comm_allgather_slice(cpl_comm *c, cpl_device *dev, void *x, size_t element, const int64_t *begin, int k,
+                                    int slices) {
+    cpl_status st = CPL_OK;
+    if (!cpl_by_plane(c, dev)) {
+        return k + 1 == slices ? cpl_comm_allgather(c, dev, x, element, begin) : CPL_OK;
+    }
+    CPL_TRY(cpl_parts_check(c, begin, element));
+    int64_t sum = 0;
+    for (int r = 0; r < c->size; r++) {
+        int64_t last = 0;
+        cpl_comm_slice(begin[r], begin[r + 1], k, slices, &c->first[r], &last);
+        c->count[r] = (last - c->first[r]) * (int64_t)element;
+        c->first[r] *= (int64_t)element;
+        sum += c->count[r];
+    }
+    CPL_TRY(c->plane->ops->fork(c->plane));
+    if (sum > 0) {
+        CPL_TRY(c->plane->ops->gather(c->plane, x, c->first, c->count));
+    }
+    if (k + 1 == slices) {
+        CPL_TRY(c->plane->ops->join(c->plane));
+    }
+done:
+    return st;
+}
+
+/* --- range by range --- */
+
+void cpl_reduction_begin(cpl_reduction *r, cpl_comm *comm, cpl_device *dev, float *x, const int64_t *begin, bool exact) {
+    *r = (cpl_reduction){.comm = comm, .dev = dev, .x = x, .begin = begin, .exact = exact};
+}
+
+/* Whether ranges go on their way before the end. */
+static bool runs_beside(const cpl_reduction *r) {
+    return cpl_by_plane(r->comm, r->dev) && (!r->exact || r->comm->size <= 2);
+}
+
+/* What is announced goes on its way. */
+static cpl_status flush(cpl_reduction *r) {
+    cpl_status st = CPL_OK;
+    if (r->last > r->first) {
+        CPL_TRY(r->comm->plane->ops->fork(r->comm->plane));
+        CPL_TRY(cpl_plane_reduce(r->comm, r->x, r->begin, r->first, r->last));
+    }
+    r->first = r->last = 0;
+done:
+    return st;
+}
+
+cpl_status cpl_reduction_add(cpl_reduction *r, int64_t first, int64_t last) {
+    cpl_status st = CPL_OK;
+    if (first > last || first < r->begin[0] || last > r->begin[r->comm->size]) {
+        CPL_FAIL(CPL_INTERNAL, "a sum over ranks: elements %lld to %lld are not in the buffer", (long long)first, (long long)last);
+    }
+    r->covered += last - first;
+    if (!runs_beside(r)) {
+        return CPL_OK;
+    }
+    if (r->last > r->first && first != r->last && last != r->first) {
+        CPL_TRY(flush(r));
+    }
+    if (r->last == r->first) {
+        r->first = first;
+        r->last = last;
+    } else {
+        r->first = first < r->first ? first : r->first;
+        r->last = last > r->last ? last : r->last;
+    }
+    if (r->last - r->first >= CPL_BUCKET) {
+        CPL_TRY(flush(r));
+    }
+done:
+    return st;
+}
+
+cpl_status cpl_reduction_end(cpl_reduction *r) {
+    cpl_status st = CPL_OK;
+    int64_t total = r->begin[r->comm->size] - r->begin[0];
+    if (r->covered != total) {
+        CPL_FAIL(CPL_INTERNAL, "a sum over ranks: %lld of %lld elements were announced", (long long)r->covered, (long long)total);
+    }
+    if (!runs_beside(r)) {
+        return cpl_comm_reduce_scatter(r->comm, r->dev, r->x, r->begin);
+    }
+    CPL_TRY(flush(r));
+    CPL_TRY(r->comm->plane->ops->join(r->comm->plane));
+done:
+    return st;
+}
