@@ -12,7 +12,7 @@
 #include <cmocka.h>
 
 static cpl_comm *world;
-static cpl_device *dev;
+static cpl_device *dev, *host; /* what selects; the CPU */
 static int rank, size;
 static int wrong;
 static cpl_sha256 seen; /* of all masks: the same on any number of ranks */
@@ -177,8 +177,8 @@ static cpl_status prune(model *m, const cpl_prune_options *o, cpl_prune_report *
     if (st == CPL_OK) {
         memcpy(m->found + shard.begin, shard.mask, (size_t)shard.n);
         memcpy(m->pruned + shard.begin, shard.param, (size_t)shard.n * sizeof(float));
-        EXPECT_OK(cpl_comm_allgather(world, dev, m->found, 1, m->begin));
-        EXPECT_OK(cpl_comm_allgather(world, dev, m->pruned, sizeof(float), m->begin));
+        EXPECT_OK(cpl_comm_allgather(world, host, m->found, 1, m->begin));
+        EXPECT_OK(cpl_comm_allgather(world, host, m->pruned, sizeof(float), m->begin));
     }
     cpl_shard_free(&shard);
     return st;
@@ -302,7 +302,8 @@ static void test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor
 #define TEST(name) cmocka_unit_test_teardown(name, all_ranks)
 
 int main(int argc, char **argv) {
-    if (cpl_world_init(&world, &argc, &argv) != CPL_OK || cpl_device_create(&dev, "cpu", 0, 1) != CPL_OK) {
+    if (cpl_world_init(&world, &argc, &argv) != CPL_OK || cpl_device_create(&host, "cpu", 0, 1) != CPL_OK ||
+        cpl_device_create(&dev, getenv("CUPEL_DEVICE") == NULL ? "cpu" : "auto", cpl_comm_local_rank(world), 1) != CPL_OK) {
         fprintf(stderr, "%s\n", cpl_status_message());
         return 1;
     }
@@ -323,6 +324,7 @@ int main(int argc, char **argv) {
         printf("masks %s\n", hex);
     }
     cpl_device_destroy(&dev);
+    cpl_device_destroy(&host);
     cpl_world_finish(&world);
     return failed;
 }

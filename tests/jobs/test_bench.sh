@@ -76,7 +76,7 @@ done
 
 bench all --json --precision fp16
 json 60
-awk '/"operation"/ && !/"operation":"device memory"/ && !/"ms":[0-9.e+-]*[1-9]/ { bad = 1; print }
+awk '/"operation"/ && !/"operation":"device (memory|idle between steps)"/ && !/"ms":[0-9.e+-]*[1-9]/ { bad = 1; print }
     /"limit: / && /"percent_of_limit":null/ { limits++ }
     /"(flop|byte)_per_s":[0-9]/ && !/"limit: / && !/"percent_of_limit":[0-9.e+-]+,/ { bad = 1; print }
     /"training step"/ && /"tokens_per_s":[0-9]/ { steps++ }

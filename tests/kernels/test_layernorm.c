@@ -87,7 +87,7 @@ static void check_forward(cpl_device *dev, cpl_dtype dt, shape s) {
     void *const all[] = {x, delta, g, b, sum, y, mean, rstd, want, stats, r.x, r.g, r.b, x64, delta64};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -150,7 +150,7 @@ static void check_backward(cpl_device *dev, cpl_dtype dt, shape s) {
     void *const all[] = {x, g, dy, dres, dx, r.x, r.g, r.b, r.weight, dres64, mean, rstd, dg, db, want_dg, want_db, want};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -183,15 +183,15 @@ static void test_layernorm_bits_do_not_depend_on_threads(void **state) {
                                                   R, C));
             }
             results[threads - 1] = all;
-            cpl_free(&x);
-            cpl_free(&gb);
+            test_release(&x);
+            test_release(&gb);
             cpl_device_destroy(&dev);
         }
         size_t bytes = (3 * N + 2 * R + 2 * C) * sizeof(float);
         test_same_bits("1 and 2 threads", results[0], results[1], bytes);
         test_same_bits("1 and 3 threads", results[0], results[2], bytes);
         for (int k = 0; k < 3; k++) {
-            cpl_free(&results[k]);
+            test_release(&results[k]);
         }
     }
 }
@@ -202,5 +202,5 @@ int main(void) {
         cmocka_unit_test(test_layernorm_gradient_is_the_numerical_derivative),
         cmocka_unit_test(test_layernorm_bits_do_not_depend_on_threads),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

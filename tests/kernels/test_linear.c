@@ -18,7 +18,7 @@ static double gelu(double x) {
 static void release(void *const *all, size_t n) {
     for (size_t i = 0; i < n; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -125,8 +125,11 @@ static void check_input_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
             r.row = i / s.K;
             want[i] = test_derivative(loss, &r, &r.pre[i], 1e-5);
         }
+        /* on a GPU the derivative of GELU in 16 bits may come from a tanh of 11 bits: 2^-11, of sums of N
+         * products */
+        double coarse = r.gelu && dt != CPL_F32 && test_on_gpu() ? 0x1p-9 * sqrt((double)s.N) : 0;
         assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
-        test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10),
+        test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10) + coarse,
                    1.01 * test_roundoff(dt) + 2e-6);
     }
     void *const all[] = {pre, w, dy, dx, want, r.pre, r.w, r.weight, r.bias};
@@ -157,7 +160,11 @@ static void check_weight_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
     test_close("weight gradient", CPL_F32, dw, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
     test_close("bias gradient", CPL_F32, db, want_db, s.N, 1e-6 * (double)(s.R + 10), 1e-6);
     assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K));
-    test_same_bits("weight gradient without a bias", dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
+    if (test_on_gpu()) { /* the product that sums the bias's gradient too may be another one */
+        test_close("weight gradient without a bias", CPL_F32, dw_alone, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
+    } else {
+        test_same_bits("weight gradient without a bias", dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
+    }
     void *const all[] = {x, dy, dw, db, dw_alone, want_dw, want_db, r.pre, r.weight, r.w, r.bias};
     release(all, sizeof all / sizeof all[0]);
 }
@@ -208,12 +215,12 @@ static void test_linear_bits_do_not_depend_on_threads(void **state) {
                     test_same_bits("1 and 2 threads", results[0][p], results[1][p], parts[p]);
                     test_same_bits("1 and 3 threads", results[0][p], results[2][p], parts[p]);
                     for (int t = 0; t < 3; t++) {
-                        cpl_free(&results[t][p]);
+                        test_release(&results[t][p]);
                     }
                 }
-                cpl_free(&x);
-                cpl_free(&w);
-                cpl_free(&bias);
+                test_release(&x);
+                test_release(&w);
+                test_release(&bias);
             }
         }
     }
@@ -239,5 +246,5 @@ int main(void) {
         cmocka_unit_test(test_linear_bits_do_not_depend_on_threads),
         cmocka_unit_test(test_fp16_overflow_and_nan_reach_the_output),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }
