@@ -21,9 +21,16 @@ typedef struct {
     double whole[PASSES];
 } profile;
 
-/* Feeding the batch and fetching the metrics is no work of the device, and between them the step is recorded. */
-static bool is_step(const char *op) {
-    return strcmp(op, "feed") != 0 && strcmp(op, "fetch") != 0 && strcmp(op, "download") != 0;
+/* The step itself: behind the last feed of the batch and before the first fetch of the metrics, where it is recorded too. */
+static void find_step(const cpl_trace *trace, int64_t *first, int64_t *end) {
+    *first = 0;
+    *end = trace->count;
+    for (int64_t i = 0; i < trace->count; i++) {
+        *first = strcmp(trace->op[i].op, "feed") == 0 ? i + 1 : *first;
+    }
+    for (int64_t i = trace->count; i-- > *first;) {
+        *end = strcmp(trace->op[i].op, "fetch") == 0 ? i : *end;
+    }
 }
 
 static kind *kind_of(profile *p, const char *op) {
@@ -41,22 +48,20 @@ static kind *kind_of(profile *p, const char *op) {
 
 static cpl_status add_up(profile *p, const cpl_trace *trace, int pass) {
     cpl_status st = CPL_OK;
-    double begin = -1, end = 0;
-    for (int64_t i = 0; i < trace->count; i++) {
+    int64_t first, last;
+    double end = 0;
+    find_step(trace, &first, &last);
+    for (int64_t i = first; i < last; i++) {
         const cpl_traced_op *o = &trace->op[i];
-        if (!is_step(o->op)) {
-            continue;
-        }
         kind *k = kind_of(p, o->op);
         if (k == NULL) {
             CPL_FAIL(CPL_INTERNAL, "profile: more than %d kinds of operations", KINDS_MOST - 1);
         }
         k->calls += pass == 0;
         k->seconds[pass] += o->ms * 1e-3;
-        begin = begin < 0 ? o->at : begin;
         end = o->at + o->ms > end ? o->at + o->ms : end;
     }
-    p->whole[pass] = (end - begin) * 1e-3;
+    p->whole[pass] = first < last ? (end - trace->op[first].at) * 1e-3 : 0;
 done:
     return st;
 }

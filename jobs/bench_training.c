@@ -283,6 +283,7 @@ static cpl_status add_steps(cpl_bench_trainer *t) {
         host.whole = idle.whole = row.seconds;
         idle.seconds = row.seconds > alone.seconds ? row.seconds - alone.seconds : 0;
         idle.repetitions = row.repetitions;
+        b->progress.total += 2;
         CPL_TRY(cpl_bench_keep(b, host));
         CPL_TRY(cpl_bench_keep(b, idle));
     }

@@ -273,6 +273,37 @@ static void test_every_k_near_the_ends_and_at_the_ties_is_exact(void **state) {
     model_destroy(&m);
 }
 
+/* Weights on the device, selected again and again: what the first run left behind decides nothing. */
+static void test_a_selection_runs_again_to_the_same_mask(void **state) {
+    model m = {0};
+    model_create(&m, &(cpl_model_shape){.layers = 2, .heads = 2, .width = 34, .context = 9, .vocab = 101});
+    int64_t begin = m.begin[rank], n = m.begin[rank + 1] - begin;
+    cpl_prune_options o = {.sparsity = {1, 2}};
+    cpl_prune_report r = {0}, again = {0};
+    cpl_selection *s = NULL;
+    float *w = NULL;
+    uint8_t *mask = NULL, *first = array(n, 1), *second = array(n, 1);
+    fill(&m, FEW);
+    EXPECT_OK(cpl_device_alloc(dev, &w, (size_t)n, sizeof *w, "weights"));
+    EXPECT_OK(cpl_device_alloc(dev, &mask, (size_t)n, 1, "mask"));
+    EXPECT_OK(CPL_OPS(dev, upload, w, m.w + begin, (size_t)n * sizeof *w));
+    EXPECT_OK(cpl_selection_create(&s, world, dev, m.layout, &o, begin, n, w, mask));
+    EXPECT_OK(cpl_selection_run(s, &r));
+    EXPECT_OK(CPL_OPS(dev, download, first, mask, (size_t)n));
+    for (int i = 0; i < 3; i++) {
+        EXPECT_OK(cpl_selection_run(s, &again));
+    }
+    EXPECT_OK(CPL_OPS(dev, download, second, mask, (size_t)n));
+    EXPECT(memcmp(first, second, (size_t)n) == 0);
+    EXPECT(r.population == again.population && r.threshold == again.threshold && r.ties == again.ties && r.ties > 1);
+    cpl_selection_destroy(&s);
+    cpl_device_free(dev, &w);
+    cpl_device_free(dev, &mask);
+    free(first);
+    free(second);
+    model_destroy(&m);
+}
+
 static void test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor(void **state) {
     model m = {0};
     cpl_prune_report r;
@@ -315,6 +346,7 @@ int main(int argc, char **argv) {
         TEST(test_tensors_that_cross_shards_give_the_mask_of_sorting_the_whole),
         TEST(test_a_model_of_two_chunks_leaves_some_ranks_without_weights),
         TEST(test_every_k_near_the_ends_and_at_the_ties_is_exact),
+        TEST(test_a_selection_runs_again_to_the_same_mask),
         TEST(test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor),
     };
     int failed = cmocka_run_group_tests_name("exact pruning over ranks", tests, NULL, NULL);
