@@ -16,17 +16,21 @@ static cpl_backend_device *shared_of(const cpl_device *dev) {
     return dev->impl;
 }
 
+const char *cpl_device_backend(const char *backend) {
+    const char *chosen = getenv("CUPEL_DEVICE");
+    return strcmp(backend, "auto") == 0 && chosen != NULL && chosen[0] != '\0' ? chosen : backend;
+}
+
 cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads) {
     cpl_status st = CPL_OK;
     cpl_device *dev = NULL;
     *out = NULL;
     const char *chosen = getenv("CUPEL_DEVICE");
-    if (strcmp(backend, "auto") == 0 && chosen != NULL && chosen[0] != '\0') {
-        backend = chosen;
-    }
+    backend = cpl_device_backend(backend);
     bool automatic = strcmp(backend, "auto") == 0;
     if (!automatic && strcmp(backend, "cpu") != 0 && strcmp(backend, "cuda") != 0) {
-        CPL_FAIL(CPL_USAGE, "back end '%s'%s: expected auto, cpu or cuda", backend, backend == chosen ? " (CUPEL_DEVICE)" : "");
+        CPL_FAIL(CPL_USAGE, "back end '%s'%s: expected auto, cpu or cuda", backend,
+                 chosen != NULL && strcmp(backend, chosen) == 0 ? " (CUPEL_DEVICE)" : "");
     }
     if (threads < 0 || local_rank < 0) {
         CPL_FAIL(CPL_USAGE, "device: %d threads and local rank %d: expected 0 or more", threads, local_rank);

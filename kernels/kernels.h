@@ -91,6 +91,7 @@ struct cpl_device {
 /* backend "auto" takes what CUPEL_DEVICE says (cpu, cuda), else a GPU where there is one, else the CPU; "cpu"; "cuda" fails where
  * there is none. local_rank picks the GPU. threads: CPU threads of this process, 0: OMP_NUM_THREADS, else as many as the process
  * may run on. Errors: CPL_UNSUPPORTED with what is missing. */
+const char *cpl_device_backend(const char *backend); /* what CUPEL_DEVICE makes of it: "auto" stays "auto" without */
 cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads);
 void cpl_device_destroy(cpl_device **dev);
 

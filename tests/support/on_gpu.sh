@@ -6,7 +6,8 @@
 export CUPEL_ATTENTION=own
 CUPEL_DEVICE=cpu "$CUPEL" info >info.txt 2>&1 || fail "info: $(cat info.txt)"
 found=$(sed -n 's/^ CUDA .*[^0-9]\([0-9][0-9]*\) GPUs\{0,1\}.*/\1/p' info.txt)
-[ -n "$found" ] || skip "$(sed -n 's/^ CUDA  *//p' info.txt)"
+found=${found:-$(grep -c '^ GPU [0-9]' info.txt)}
+((found > 0)) || skip "$(sed -n 's/^ CUDA  *//p' info.txt)"
 ((found >= $1)) || skip "$found GPU here, $1 are needed"
 export CUPEL_DEVICE=cuda
 if (($1 == 1)); then
