@@ -1,13 +1,8 @@
 /* The command bench: what this machine can do, and how much of it the operations get.
  * Refuses to compare with limits that were not measured in the same run. */
 #include "jobs/bench.h"
-#include "cupel_version.h"
-#include "io/base/json.h"
-#include "io/base/log.h"
 #include "jobs/command_options.h"
 #include "jobs/device.h"
-#include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -41,21 +36,32 @@ done:
     return st;
 }
 
+void cpl_bench_summarize(double *samples, int64_t n, cpl_bench_row *row) {
+    qsort(samples, (size_t)n, sizeof samples[0], by_value);
+    row->seconds = n % 2 ? samples[n / 2] : 0.5 * (samples[n / 2 - 1] + samples[n / 2]);
+    row->best = samples[0];
+    row->worst = samples[n - 1];
+    row->repetitions = n;
+}
+
+/* Calls of a sample, so that reading the clock does not show. */
+static int64_t calls_of(double once) {
+    return once < sample_least ? (int64_t)(sample_least / (once > 1e-9 ? once : 1e-9)) + 1 : 1;
+}
+
 static cpl_status time_call(const cpl_bench *b, cpl_bench_call call, void *context, cpl_bench_row *row) {
     cpl_status st = CPL_OK;
     double samples[SAMPLES_MOST], once = 0, begin = 0;
     int64_t n = 0, calls = 1;
     CPL_TRY(sample(b, call, context, 1, &once));
     CPL_TRY(sample(b, call, context, 1, &once));
-    calls = once < sample_least ? (int64_t)(sample_least / (once > 1e-9 ? once : 1e-9)) + 1 : 1;
+    calls = calls_of(once);
     begin = cpl_now();
     while (n < SAMPLES_LEAST || (n < SAMPLES_MOST && cpl_now() - begin < b->o->seconds)) {
         CPL_TRY(sample(b, call, context, calls, &samples[n]));
         n++;
     }
-    qsort(samples, (size_t)n, sizeof samples[0], by_value);
-    row->seconds = n % 2 ? samples[n / 2] : 0.5 * (samples[n / 2 - 1] + samples[n / 2]);
-    row->best = samples[0];
+    cpl_bench_summarize(samples, n, row);
     row->repetitions = n * calls;
 done:
     return st;
@@ -65,6 +71,30 @@ cpl_status cpl_bench_time(const cpl_bench *b, cpl_bench_call call, void *context
     cpl_status st = CPL_OK;
     CPL_TRY(cpl_comm_barrier(b->world));
     CPL_TRY(cpl_agree(b->world, time_call(b, call, context, row)));
+done:
+    return st;
+}
+
+cpl_status cpl_bench_time_together(const cpl_bench *b, cpl_bench_call call, void *context, cpl_bench_row *row) {
+    cpl_status st = CPL_OK;
+    double samples[SAMPLES_MOST], once = 0;
+    for (int i = 0; i < 2; i++) {
+        CPL_TRY(cpl_agree(b->world, sample(b, call, context, 1, &once)));
+    }
+    int64_t plan[2] = {calls_of(once), 0}; /* calls of a sample; samples */
+    double fit = b->o->seconds / (once * (double)plan[0] + 1e-9);
+    plan[1] = fit < SAMPLES_LEAST ? SAMPLES_LEAST : fit > SAMPLES_MOST ? SAMPLES_MOST : (int64_t)fit;
+    CPL_TRY(cpl_comm_bcast(b->world, plan, sizeof plan, 0));
+    for (int64_t i = 0; i < plan[1]; i++) {
+        CPL_TRY(cpl_agree(b->world, sample(b, call, context, plan[0], &samples[i])));
+    }
+    cpl_bench_summarize(samples, plan[1], row);
+    row->repetitions = plan[0] * plan[1];
+    double slowest[3] = {row->seconds, row->best, row->worst};
+    CPL_TRY(cpl_comm_allreduce_f64(b->world, slowest, 3, CPL_MAX));
+    row->seconds = slowest[0];
+    row->best = slowest[1];
+    row->worst = slowest[2];
 done:
     return st;
 }
@@ -98,93 +128,15 @@ done:
     return st;
 }
 
-/* --- printing: rank 0 --- */
-
-static double share_of_limit(const cpl_bench *b, const cpl_bench_row *r) {
-    return r->limit ? (double)NAN : 100 * cpl_bench_rate(r) / (r->flops > 0 ? b->products[b->dt] : b->copy);
-}
-
-static cpl_status print_row(const cpl_bench *b, cpl_table *t, const cpl_bench_row *r) {
-    cpl_status st = CPL_OK;
-    double rate = cpl_bench_rate(r) * 1e-9, nan = (double)NAN;
-    CPL_TRY(cpl_table_row(t, r->limit));
-    CPL_TRY(cpl_table_cell(t, "%s", r->name));
-    CPL_TRY(cpl_table_cell(t, "%s", r->shape));
-    CPL_TRY(cpl_table_number(t, r->seconds < 1e-3 ? "%.4f" : "%.2f", r->seconds * 1e3));
-    CPL_TRY(cpl_table_number(t, r->seconds < 1e-3 ? "%.4f" : "%.2f", r->best * 1e3));
-    CPL_TRY(cpl_table_number(t, "%.1f", r->flops > 0 ? rate : nan));
-    CPL_TRY(cpl_table_number(t, "%.2f", r->flops > 0 ? nan : rate));
-    CPL_TRY(cpl_table_number(t, "%.0f", share_of_limit(b, r)));
-    CPL_TRY(cpl_table_number(t, "%.0f", r->tokens > 0 ? r->tokens / r->seconds : nan));
-    CPL_TRY(cpl_table_number(t, "%.1f", cpl_comm_size(b->world) > 1 ? r->all * 1e-9 : nan));
-    CPL_TRY(cpl_table_cell(t, "%lld", (long long)r->repetitions));
-done:
-    return st;
-}
-
-static const cpl_column columns[] = {{"operation", "", CPL_COLUMN_LEFT, 0},        {"shape", "", CPL_COLUMN_WIDE, 3},
-                                     {"time", "ms, median", CPL_COLUMN_RIGHT, 0},  {"best", "ms", CPL_COLUMN_RIGHT, 4},
-                                     {"products", "GFLOP/s", CPL_COLUMN_RIGHT, 0}, {"memory", "GB/s", CPL_COLUMN_RIGHT, 0},
-                                     {"of limit", "%", CPL_COLUMN_RIGHT, 0},       {"tokens", "per s", CPL_COLUMN_RIGHT, 1},
-                                     {"all ranks", "G/s", CPL_COLUMN_RIGHT, 0},    {"runs", "", CPL_COLUMN_RIGHT, 2}};
-
-static cpl_status print_table(const cpl_bench *b) {
-    cpl_status st = CPL_OK;
-    cpl_table *t = NULL;
-    const cpl_model_shape *s = &b->layout->shape;
-    int threads = cpl_device_threads(b->dev), ranks = cpl_comm_size(b->world);
-    printf("\n %s, %d thread%s a rank, %d rank%s; model %lld layers, %lld heads, width %lld, context %lld, micro-batch %lld, "
-           "vocabulary %lld, %s\n\n",
-           b->dev->name, threads, threads == 1 ? "" : "s", ranks, ranks == 1 ? "" : "s", (long long)s->layers, (long long)s->heads,
-           (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab, cpl_dtype_name(b->dt));
-    CPL_TRY(cpl_table_create(&t, columns, sizeof columns / sizeof columns[0]));
-    for (int64_t i = 0; i < b->n_rows; i++) {
-        CPL_TRY(print_row(b, t, &b->row[i]));
-    }
-    CPL_TRY(cpl_table_print(t, stdout));
-    printf("\n products: multiplications and additions, attention its causal half, backward attention with the scores computed "
-           "again (2.5 forward;\n"
-           " in whole passes 2). memory: each operand read or written once. %% of limit: of the matrix products of %s, or of the "
-           "copy, above.\n\n",
-           cpl_dtype_name(b->dt));
-done:
-    cpl_table_destroy(&t);
-    return st;
-}
-
-static void print_json(const cpl_bench *b) {
-    char line[512], members[1100], name[80], shape[80], device[200];
-    cpl_json_quote(device, sizeof device, b->dev->name);
-    const cpl_model_shape *s = &b->layout->shape;
-    printf("{\"cupel\":\"%s\",\"revision\":\"%s\",\"device\":%s,\"threads\":%d,\"ranks\":%d,\"layers\":%lld,\"heads\":%lld,"
-           "\"width\":%lld,"
-           "\"context\":%lld,\"micro_batch\":%lld,\"vocab\":%lld,\"precision\":\"%s\"}\n",
-           CUPEL_VERSION, CUPEL_GIT_REVISION, device, cpl_device_threads(b->dev), cpl_comm_size(b->world), (long long)s->layers,
-           (long long)s->heads, (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab,
-           cpl_dtype_name(b->dt));
-    for (int64_t i = 0; i < b->n_rows; i++) {
-        const cpl_bench_row *r = &b->row[i];
-        double nan = (double)NAN, rate = cpl_bench_rate(r);
-        cpl_json_quote(name, sizeof name, r->name);
-        cpl_json_quote(shape, sizeof shape, r->shape);
-        snprintf(line, sizeof line,
-                 "\"ms\":%.6g,\"ms_best\":%.6g,\"runs\":%lld,\"flop_per_s\":%.6g,\"byte_per_s\":%.6g,\"percent_of_limit\":%.6g,"
-                 "\"tokens_per_s\":%.6g,\"all_ranks_per_s\":%.6g",
-                 r->seconds * 1e3, r->best * 1e3, (long long)r->repetitions, r->flops > 0 ? rate : nan, r->flops > 0 ? nan : rate,
-                 share_of_limit(b, r), r->tokens > 0 ? r->tokens / r->seconds : nan, r->all);
-        cpl_json_members(members, line);
-        printf("{\"operation\":%s,\"shape\":%s,%s}\n", name, shape, members);
-    }
-}
-
 /* --- the command --- */
 
-enum { OPS, MEMORY, TRAIN, ALL };
-static const char *const whats[] = {[OPS] = "ops", [MEMORY] = "memory", [TRAIN] = "train", [ALL] = "all"};
+enum { OPS, MEMORY, TRAIN, COMPRESS, COMM, ALL, NOTHING };
+static const char *const whats[] = {
+    [OPS] = "ops", [MEMORY] = "memory", [TRAIN] = "train", [COMPRESS] = "compress", [COMM] = "comm", [ALL] = "all"};
 
-static cpl_status parse_what(const cpl_command_arguments *a, int *what) {
+static cpl_status parse_what(const cpl_command_arguments *a, const cpl_bench_options *o, int *what) {
     cpl_status st = CPL_OK;
-    *what = ALL;
+    *what = o->fusion ? NOTHING : o->profile ? TRAIN : ALL;
     if (a->count == 0) {
         return CPL_OK;
     }
@@ -195,8 +147,12 @@ static cpl_status parse_what(const cpl_command_arguments *a, int *what) {
     }
     if (*what > ALL) {
         const char *near = cpl_nearest_word(whats, ALL + 1, a->argument[0]);
-        CPL_FAIL(CPL_USAGE, "bench: '%s'%s%s%s", a->argument[0], near ? ": did you mean '" : ": expected ops, memory, train or all",
-                 near ? near : "", near ? "'?" : "");
+        CPL_FAIL(CPL_USAGE, "bench: '%s'%s%s%s", a->argument[0],
+                 near ? ": did you mean '" : ": expected ops, memory, train, compress, comm or all", near ? near : "",
+                 near ? "'?" : "");
+    }
+    if (o->profile && *what != TRAIN && *what != ALL) {
+        CPL_FAIL(CPL_USAGE, "bench: --profile is of a training step: bench train --profile");
     }
 done:
     return st;
@@ -204,25 +160,29 @@ done:
 
 static cpl_status measure(cpl_bench *b, int what) {
     cpl_status st = CPL_OK;
-    bool ops = what == OPS || what == ALL, memory = what == MEMORY || what == ALL, train = what == TRAIN || what == ALL;
-    int64_t limits = b->dt == CPL_F32 ? 2 : 3; /* measured again in the end */
-    int64_t total =
-        limits + (ops ? CPL_BENCH_LAYER_ROWS : 0) + (memory ? CPL_BENCH_FLAT_ROWS : 0) + (train ? CPL_BENCH_TRAINING_ROWS : 0);
+    const struct {
+        bool wanted;
+        int64_t rows;
+        cpl_status (*run)(cpl_bench *b);
+    } parts[] = {{what == OPS || what == ALL, CPL_BENCH_LAYER_ROWS, cpl_bench_layers},
+                 {what == MEMORY || what == ALL, CPL_BENCH_FLAT_ROWS, cpl_bench_flat},
+                 {what == TRAIN || what == ALL, cpl_bench_training_rows(b), cpl_bench_training},
+                 {what == COMPRESS || what == ALL, CPL_BENCH_COMPRESS_ROWS, cpl_bench_compress},
+                 {what == COMM || what == ALL, cpl_bench_comm_rows(b), cpl_bench_comm},
+                 {b->o->fusion, CPL_BENCH_FUSION_ROWS, cpl_bench_fusion}};
+    enum { PARTS = sizeof parts / sizeof parts[0] };
+    int64_t total = b->dt == CPL_F32 ? 2 : 3; /* the limits, measured again in the end */
+    for (int i = 0; i < PARTS; i++) {
+        total += parts[i].wanted ? parts[i].rows : 0;
+    }
     cpl_progress_begin(&b->progress, "bench", 0, total);
     CPL_TRY(cpl_bench_limits(b));
-    if (ops) {
-        CPL_TRY(cpl_bench_layers(b));
-    }
-    if (memory) {
-        CPL_TRY(cpl_bench_flat(b));
-    }
-    if (train) {
-        CPL_TRY(cpl_bench_training(b));
+    for (int i = 0; i < PARTS; i++) {
+        if (parts[i].wanted) {
+            CPL_TRY(parts[i].run(b));
+        }
     }
     CPL_TRY(cpl_bench_limits(b));
-    if (b->n_rows != total) {
-        CPL_FAIL(CPL_INTERNAL, "bench: %lld rows, expected %lld", (long long)b->n_rows, (long long)total);
-    }
 done:
     cpl_progress_end(&b->progress, "");
     return st;
@@ -237,9 +197,9 @@ static cpl_status bench(cpl_comm *world, const cpl_bench_options *o, int what) {
     CPL_TRY(cpl_agree(world, cpl_layout_create(&b.layout, &shape)));
     CPL_TRY(measure(&b, what));
     if (cpl_comm_rank(world) == 0 && o->json) {
-        print_json(&b);
+        cpl_bench_print_json(&b);
     } else if (cpl_comm_rank(world) == 0) {
-        st = print_table(&b);
+        st = cpl_bench_print_table(&b);
     }
     CPL_TRY(cpl_agree(world, st));
 done:
@@ -257,11 +217,12 @@ cpl_status cpl_command_bench(const cpl_command *self, cpl_comm *world, int argc,
     int what = ALL;
     cpl_status local = cpl_arena_create(&arena);
     local = local == CPL_OK ? cpl_command_options(self, &table, &options, &a, arena, argc, argv) : local;
-    local = local == CPL_OK ? parse_what(&a, &what) : local;
+    local = local == CPL_OK ? parse_what(&a, &options, &what) : local;
     CPL_TRY(cpl_agree(world, local));
     if (a.help) {
         cpl_command_help(self, world, &table,
-                         "WHAT: ops, the layers' operations; memory, operations over flat buffers; train, a training step; all.");
+                         "WHAT: ops, the layers' operations; memory, operations over flat buffers; train, the trainer's steps;\n"
+                         "compress, selection, quantization and the distillation loss; comm, the ranks' exchange; all.");
         goto done;
     }
     CPL_TRY(bench(world, &options, what));

@@ -52,8 +52,8 @@ static cpl_status run_norm(void *c) {
 }
 static cpl_status run_norm_bwd(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, layernorm_bwd, l->dt, l->y, l->dw, l->db, NULL, l->delta, l->delta, l->x, l->mean, l->rstd, l->bias, l->R,
-                   l->C);
+    return CPL_OPS(l->dev, layernorm_bwd, l->dt, l->y, l->dw, l->db, NULL, l->delta, l->delta, l->x, l->mean, l->rstd, l->bias,
+                   l->R, l->C);
 }
 static cpl_status run_gelu(void *c) {
     const layers *l = c;

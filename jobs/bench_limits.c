@@ -30,15 +30,16 @@ cpl_status cpl_bench_normals(const cpl_bench *b, cpl_dtype dt, int64_t n, float 
     float block[BLOCK];
     float *values = NULL;
     void *device = NULL, *rounded = NULL;
-    size_t bytes = 0;
     for (int64_t i = 0; i < BLOCK; i++) {
         block[i] = scale * cpl_rng_normal(1, CPL_RNG_INIT, stream, (uint64_t)i);
     }
     CPL_TRY(cpl_device_alloc(b->dev, &device, (size_t)n, sizeof(float), "bench"));
     values = device;
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        bytes = (size_t)(n - at < BLOCK ? n - at : BLOCK) * sizeof(float);
-        CPL_TRY(CPL_OPS(b->dev, upload, values + at, block, bytes));
+    int64_t have = n < BLOCK ? n : BLOCK;
+    CPL_TRY(CPL_OPS(b->dev, upload, values, block, (size_t)have * sizeof(float)));
+    for (int64_t more; have < n; have += more) { /* the same block again and again, by twice as many each time */
+        more = n - have < have ? n - have : have;
+        CPL_TRY(CPL_OPS(b->dev, copy, values + have, values, (size_t)more * sizeof(float)));
     }
     if (dt != CPL_F32) {
         CPL_TRY(cpl_device_alloc(b->dev, &rounded, (size_t)n, cpl_dtype_size(dt), "bench"));

@@ -48,7 +48,7 @@ cpl_status cpl_job_device(cpl_comm *world, int choice, int64_t threads, cpl_devi
     if (threads == 0 && unset) {
         CPL_TRY(share_of_cores(world, &threads));
     }
-    CPL_TRY(cpl_agree(world, cpl_device_create(dev, names[choice], cpl_comm_local_rank(world), (int)threads)));
+    CPL_TRY(cpl_agree(world, cpl_device_create(dev, cpl_device_backend(names[choice]), cpl_comm_local_rank(world), (int)threads)));
 done:
     return st;
 }

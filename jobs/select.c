@@ -3,32 +3,36 @@
 #include "jobs/select.h"
 #include <string.h>
 
-enum { BINS = 1 << 11, PASSES = 3 };
+enum { BINS = 1 << 11, PASSES = 3, MARK = CPL_MARKS - 1 };
 static const int pass_bits[PASSES] = {11, 10, 10};
 
-typedef struct {
+/* counts[BINS], then NANS and TIES: one piece, so that a pass is one copy to the host. */
+enum { NANS = BINS, TIES, COUNTS };
+
+struct cpl_selection {
     cpl_comm *comm;             /* borrowed */
     cpl_device *dev;            /* borrowed */
     const cpl_layout *layout;   /* borrowed */
     const cpl_prune_options *o; /* borrowed */
-    cpl_shard *shard;           /* borrowed */
+    int64_t begin, n;           /* of the flat buffer */
+    const float *w;             /* borrowed, device [n] */
+    uint8_t *mask;              /* borrowed, device [n] */
+    int64_t *counts;            /* owned, device [COUNTS] */
+    int64_t *host;              /* owned, of cpl_device_host_alloc [COUNTS]: what is fetched, and the ties that are fed */
     cpl_prune_report *report;   /* borrowed */
-    float *w;                   /* owned, device [n] */
-    uint8_t *mask;              /* owned, device [n] */
-    int64_t *counts, *scratch;  /* owned, device [BINS], [2]: NaN; ties left */
-} selection;
+};
 
 /* This rank's part of tensor p, relative to the shard. */
-static int64_t part_of(const selection *s, const cpl_param *p, int64_t *from) {
-    int64_t begin = s->shard->begin, end = begin + s->shard->n, stop = p->offset + cpl_param_count(p);
-    int64_t first = p->offset > begin ? p->offset : begin, last = stop < end ? stop : end;
-    *from = first - begin;
+static int64_t part_of(const cpl_selection *s, const cpl_param *p, int64_t *from) {
+    int64_t end = s->begin + s->n, stop = p->offset + cpl_param_count(p);
+    int64_t first = p->offset > s->begin ? p->offset : s->begin, last = stop < end ? stop : end;
+    *from = first - s->begin;
     return last > first ? last - first : 0;
 }
 
 /* The next stretch of this rank's shard that is population without a gap, from tensor *i on; returns its length and moves *i behind
  * it, 0 where there is none before tensor `last`. One operation over a stretch costs less than one a tensor. */
-static int64_t next_stretch(const selection *s, int64_t *i, int64_t last, int64_t *from) {
+static int64_t next_stretch(const cpl_selection *s, int64_t *i, int64_t last, int64_t *from) {
     int64_t length = 0;
     for (; *i < last; (*i)++) {
         const cpl_param *p = &s->layout->param[*i];
@@ -44,19 +48,29 @@ static int64_t next_stretch(const selection *s, int64_t *i, int64_t last, int64_
     return length;
 }
 
+/* The first `count` of s->counts into s->host. */
+static cpl_status fetch(cpl_selection *s, int64_t count) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(CPL_OPS(s->dev, fetch, s->host, s->counts, (size_t)count * sizeof *s->host));
+    CPL_TRY(cpl_device_mark(s->dev, MARK));
+    CPL_TRY(cpl_device_wait(s->dev, MARK));
+done:
+    return st;
+}
+
 /* Fails with the name of the first tensor that holds a NaN; one of [first, last) does. counts: overwritten. */
-static cpl_status name_nan(selection *s, int64_t first, int64_t last) {
+static cpl_status name_nan(cpl_selection *s, int64_t first, int64_t last) {
     cpl_status st = CPL_OK;
     for (int64_t i = first; i < last; i++) {
-        int64_t from, nans = 0, n = part_of(s, &s->layout->param[i], &from);
+        int64_t from, n = part_of(s, &s->layout->param[i], &from);
         if (n == 0 || !cpl_prune_includes(s->o, &s->layout->param[i])) {
             continue;
         }
-        CPL_TRY(CPL_OPS(s->dev, zero, s->scratch, sizeof nans));
-        CPL_TRY(CPL_OPS(s->dev, select_histogram, s->counts, s->scratch, s->w + from, n, 0, 0, pass_bits[0]));
-        CPL_TRY(CPL_OPS(s->dev, download, &nans, s->scratch, sizeof nans));
-        if (nans > 0) {
-            CPL_FAIL(CPL_NUMERIC, "prune: %s holds %lld NaN", s->layout->param[i].name, (long long)nans);
+        CPL_TRY(CPL_OPS(s->dev, zero, s->counts, COUNTS * sizeof *s->counts));
+        CPL_TRY(CPL_OPS(s->dev, select_histogram, s->counts, s->counts + NANS, s->w + from, n, 0, 0, pass_bits[0]));
+        CPL_TRY(fetch(s, COUNTS));
+        if (s->host[NANS] > 0) {
+            CPL_FAIL(CPL_NUMERIC, "prune: %s holds %lld NaN", s->layout->param[i].name, (long long)s->host[NANS]);
         }
     }
 done:
@@ -64,27 +78,25 @@ done:
 }
 
 /* This rank's counts of the population tensors [first, last) with this prefix. */
-static cpl_status count(selection *s, int64_t first, int64_t last, uint32_t prefix, int prefix_bits, int bits, int64_t *local) {
+static cpl_status count(cpl_selection *s, int64_t first, int64_t last, uint32_t prefix, int prefix_bits, int bits, int64_t *local) {
     cpl_status st = CPL_OK;
-    size_t bytes = sizeof(int64_t) << bits;
-    int64_t from = 0, n, nans = 0;
-    CPL_TRY(CPL_OPS(s->dev, zero, s->counts, bytes));
-    CPL_TRY(CPL_OPS(s->dev, zero, s->scratch, sizeof nans));
+    int64_t from = 0, n;
+    CPL_TRY(CPL_OPS(s->dev, zero, s->counts, COUNTS * sizeof *s->counts));
     for (int64_t i = first; (n = next_stretch(s, &i, last, &from)) > 0;) {
-        CPL_TRY(CPL_OPS(s->dev, select_histogram, s->counts, s->scratch, s->w + from, n, prefix, prefix_bits, bits));
+        CPL_TRY(CPL_OPS(s->dev, select_histogram, s->counts, s->counts + NANS, s->w + from, n, prefix, prefix_bits, bits));
     }
-    CPL_TRY(CPL_OPS(s->dev, download, local, s->counts, bytes));
-    if (prefix_bits == 0) {
-        CPL_TRY(CPL_OPS(s->dev, download, &nans, s->scratch, sizeof nans));
-        CPL_TRY(nans > 0 ? name_nan(s, first, last) : CPL_OK);
+    CPL_TRY(fetch(s, COUNTS));
+    memcpy(local, s->host, sizeof(int64_t) << bits);
+    if (prefix_bits == 0 && s->host[NANS] > 0) {
+        CPL_TRY(name_nan(s, first, last));
     }
 done:
     return st;
 }
 
 /* The same, and summed over ranks in `global`. */
-static cpl_status histogram(selection *s, int64_t first, int64_t last, uint32_t prefix, int prefix_bits, int bits, int64_t *local,
-                            int64_t *global) {
+static cpl_status histogram(cpl_selection *s, int64_t first, int64_t last, uint32_t prefix, int prefix_bits, int bits,
+                            int64_t *local, int64_t *global) {
     cpl_status st = CPL_OK;
     CPL_TRY(cpl_agree(s->comm, count(s, first, last, prefix, prefix_bits, bits, local)));
     memcpy(global, local, sizeof(int64_t) << bits);
@@ -93,19 +105,20 @@ done:
     return st;
 }
 
-static cpl_status fill_mask(selection *s, int64_t first, int64_t last, uint32_t key, int64_t ties) {
+static cpl_status fill_mask(cpl_selection *s, int64_t first, int64_t last, uint32_t key, int64_t ties) {
     cpl_status st = CPL_OK;
     int64_t from = 0, n;
-    CPL_TRY(CPL_OPS(s->dev, upload, s->scratch + 1, &ties, sizeof ties));
+    s->host[TIES] = ties; /* the mark that counted it is over: nothing reads it but this */
+    CPL_TRY(CPL_OPS(s->dev, feed, s->counts + TIES, s->host + TIES, sizeof ties));
     for (int64_t i = first; (n = next_stretch(s, &i, last, &from)) > 0;) {
-        CPL_TRY(CPL_OPS(s->dev, select_mask, s->mask + from, s->w + from, n, key, s->scratch + 1));
+        CPL_TRY(CPL_OPS(s->dev, select_mask, s->mask + from, s->w + from, n, key, s->counts + TIES));
     }
 done:
     return st;
 }
 
 /* Removes exactly k of the population in tensors [first, last). */
-static cpl_status remove_smallest(selection *s, int64_t first, int64_t last, int64_t k) {
+static cpl_status remove_smallest(cpl_selection *s, int64_t first, int64_t last, int64_t k) {
     cpl_status st = CPL_OK;
     int64_t local[BINS], global[BINS];
     uint32_t prefix = 0;
@@ -139,7 +152,7 @@ static int64_t fraction(int64_t n, cpl_decimal s) {
     return (int64_t)((__int128)n * s.num / s.den);
 }
 
-static int64_t population(const selection *s, int64_t first, int64_t last) {
+static int64_t population(const cpl_selection *s, int64_t first, int64_t last) {
     int64_t n = 0;
     for (int64_t i = first; i < last; i++) {
         n += cpl_prune_includes(s->o, &s->layout->param[i]) ? cpl_param_count(&s->layout->param[i]) : 0;
@@ -147,36 +160,89 @@ static int64_t population(const selection *s, int64_t first, int64_t last) {
     return n;
 }
 
-static cpl_status allocate(selection *s) {
+cpl_status cpl_selection_create(cpl_selection **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
+                                const cpl_prune_options *options, int64_t begin, int64_t n, const float *w, uint8_t *mask) {
     cpl_status st = CPL_OK;
-    size_t n = (size_t)s->shard->n;
-    CPL_TRY(cpl_device_alloc(s->dev, &s->w, n, sizeof(float), "weights to prune"));
-    CPL_TRY(cpl_device_alloc(s->dev, &s->mask, n, 1, "pruning mask"));
-    CPL_TRY(cpl_device_alloc(s->dev, &s->counts, BINS, sizeof(int64_t), "histogram"));
-    CPL_TRY(cpl_device_alloc(s->dev, &s->scratch, 2, sizeof(int64_t), "histogram"));
-    CPL_TRY(cpl_alloc(&s->report->by_tensor, (size_t)s->layout->count, sizeof(int64_t), "report"));
-    memset(s->shard->mask, 1, n);
-    if (n > 0) {
-        CPL_TRY(CPL_OPS(s->dev, upload, s->w, s->shard->param, n * sizeof(float)));
-        CPL_TRY(CPL_OPS(s->dev, upload, s->mask, s->shard->mask, n));
+    cpl_selection *s = NULL;
+    CPL_TRY(cpl_alloc(&s, 1, sizeof *s, "selection"));
+    *s = (cpl_selection){.comm = comm, .dev = dev, .layout = layout, .o = options, .begin = begin, .n = n, .w = w, .mask = mask};
+    CPL_TRY(cpl_device_alloc(dev, &s->counts, COUNTS, sizeof *s->counts, "histogram"));
+    CPL_TRY(cpl_device_host_alloc(dev, &s->host, COUNTS, sizeof *s->host, "histogram"));
+    *out = s;
+    s = NULL;
+done:
+    cpl_selection_destroy(&s);
+    return st;
+}
+
+void cpl_selection_destroy(cpl_selection **selection) {
+    cpl_selection *s = *selection;
+    if (s == NULL) {
+        return;
+    }
+    cpl_device_free(s->dev, &s->counts);
+    cpl_device_host_free(s->dev, &s->host);
+    cpl_free(selection);
+}
+
+cpl_status cpl_selection_run(cpl_selection *s, cpl_prune_report *report) {
+    cpl_status st = CPL_OK;
+    int64_t tensors = s->layout->count;
+    s->report = report;
+    report->threshold = 0;
+    report->ties = 0;
+    report->population = population(s, 0, tensors);
+    if (s->o->scope == CPL_SCOPE_GLOBAL) {
+        CPL_TRY(remove_smallest(s, 0, tensors, fraction(report->population, s->o->sparsity)));
+    }
+    for (int64_t i = 0; s->o->scope == CPL_SCOPE_TENSOR && i < tensors; i++) {
+        CPL_TRY(remove_smallest(s, i, i + 1, fraction(population(s, i, i + 1), s->o->sparsity)));
     }
 done:
     return st;
 }
 
-/* Masked weights back to the host, and what each tensor lost. */
-static cpl_status finish(selection *s) {
+/* --- of host memory --- */
+
+typedef struct {
+    cpl_device *dev;          /* borrowed */
+    const cpl_layout *layout; /* borrowed */
+    cpl_shard *shard;         /* borrowed */
+    float *w;                 /* owned, device [n] */
+    uint8_t *mask;            /* owned, device [n] */
+    cpl_selection *selection; /* owned */
+    cpl_prune_report *report; /* borrowed */
+} pruning;
+
+static cpl_status begin(pruning *p, cpl_comm *comm, const cpl_prune_options *options) {
     cpl_status st = CPL_OK;
-    size_t n = (size_t)s->shard->n;
+    size_t n = (size_t)p->shard->n;
+    CPL_TRY(cpl_device_alloc(p->dev, &p->w, n, sizeof(float), "weights to prune"));
+    CPL_TRY(cpl_device_alloc(p->dev, &p->mask, n, 1, "pruning mask"));
+    CPL_TRY(cpl_alloc(&p->report->by_tensor, (size_t)p->layout->count, sizeof(int64_t), "report"));
+    memset(p->shard->mask, 1, n);
     if (n > 0) {
-        CPL_TRY(CPL_OPS(s->dev, apply_mask, s->w, s->mask, s->shard->n));
-        CPL_TRY(CPL_OPS(s->dev, download, s->shard->param, s->w, n * sizeof(float)));
-        CPL_TRY(CPL_OPS(s->dev, download, s->shard->mask, s->mask, n));
+        CPL_TRY(CPL_OPS(p->dev, upload, p->w, p->shard->param, n * sizeof(float)));
+        CPL_TRY(CPL_OPS(p->dev, upload, p->mask, p->shard->mask, n));
     }
-    for (int64_t i = 0; i < s->layout->count; i++) {
-        int64_t from, count = part_of(s, &s->layout->param[i], &from);
+    CPL_TRY(cpl_selection_create(&p->selection, comm, p->dev, p->layout, options, p->shard->begin, p->shard->n, p->w, p->mask));
+done:
+    return st;
+}
+
+/* Masked weights back to the host, and what each tensor lost. */
+static cpl_status finish(pruning *p) {
+    cpl_status st = CPL_OK;
+    size_t n = (size_t)p->shard->n;
+    if (n > 0) {
+        CPL_TRY(CPL_OPS(p->dev, apply_mask, p->w, p->mask, p->shard->n));
+        CPL_TRY(CPL_OPS(p->dev, download, p->shard->param, p->w, n * sizeof(float)));
+        CPL_TRY(CPL_OPS(p->dev, download, p->shard->mask, p->mask, n));
+    }
+    for (int64_t i = 0; i < p->layout->count; i++) {
+        int64_t from, count = part_of(p->selection, &p->layout->param[i], &from);
         for (int64_t j = 0; j < count; j++) {
-            s->report->by_tensor[i] += s->shard->mask[from + j] == 0;
+            p->report->by_tensor[i] += p->shard->mask[from + j] == 0;
         }
     }
 done:
@@ -191,25 +257,18 @@ cpl_status cpl_prune_weights(cpl_comm *comm, cpl_device *dev, const cpl_layout *
                              cpl_shard *shard, cpl_prune_report *report) {
     cpl_status st = CPL_OK;
     *report = (cpl_prune_report){0};
-    selection s = {.comm = comm, .dev = dev, .layout = layout, .o = options, .shard = shard, .report = report};
-    CPL_TRY(cpl_agree(comm, allocate(&s)));
-    report->population = population(&s, 0, layout->count);
-    if (options->scope == CPL_SCOPE_GLOBAL) {
-        CPL_TRY(remove_smallest(&s, 0, layout->count, fraction(report->population, options->sparsity)));
-    }
-    for (int64_t i = 0; options->scope == CPL_SCOPE_TENSOR && i < layout->count; i++) {
-        CPL_TRY(remove_smallest(&s, i, i + 1, fraction(population(&s, i, i + 1), options->sparsity)));
-    }
-    CPL_TRY(cpl_agree(comm, finish(&s)));
+    pruning p = {.dev = dev, .layout = layout, .shard = shard, .report = report};
+    CPL_TRY(cpl_agree(comm, begin(&p, comm, options)));
+    CPL_TRY(cpl_selection_run(p.selection, report));
+    CPL_TRY(cpl_agree(comm, finish(&p)));
     CPL_TRY(cpl_comm_allreduce_i64(comm, report->by_tensor, (size_t)layout->count, CPL_SUM));
     for (int64_t i = 0; i < layout->count; i++) {
         report->removed += report->by_tensor[i];
     }
 done:
-    cpl_device_free(dev, &s.w);
-    cpl_device_free(dev, &s.mask);
-    cpl_device_free(dev, &s.counts);
-    cpl_device_free(dev, &s.scratch);
+    cpl_selection_destroy(&p.selection);
+    cpl_device_free(dev, &p.w);
+    cpl_device_free(dev, &p.mask);
     if (st != CPL_OK) {
         cpl_prune_report_free(report);
     }

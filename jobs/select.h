@@ -25,6 +25,18 @@ static inline bool cpl_prune_includes(const cpl_prune_options *o, const cpl_para
  * of ranks. Radix selection on the 31-bit keys: three histograms of 2^11, 2^10, 2^10 counts, each summed over the ranks. */
 cpl_status cpl_prune_weights(cpl_comm *comm, cpl_device *dev, const cpl_layout *layout, const cpl_prune_options *options,
                              cpl_shard *shard, cpl_prune_report *report);
+
+/* The same for weights that lie on the device, part after part. scratch of its own, for any number of calls; all is borrowed but
+ * that. */
+typedef struct cpl_selection cpl_selection;
+/* w, mask: device [n], elements [begin, begin + n) of the flat buffer. Not collective. Errors: CPL_NO_MEMORY. */
+cpl_status cpl_selection_create(cpl_selection **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
+                                const cpl_prune_options *options, int64_t begin, int64_t n, const float *w, uint8_t *mask);
+void cpl_selection_destroy(cpl_selection **selection);
+/* Collective. Enqueues mask = 0 for the weights that go and 1 for the others of the population; outside of it mask is not touched.
+ * The host waits three times: for the histogram of each pass. Fills population, threshold, ties of *report. */
+cpl_status cpl_selection_run(cpl_selection *selection, cpl_prune_report *report);
+
 /* Requested and exact sparsity, k, threshold, ties and the share of each tensor that went, into a stage's record. */
 cpl_status cpl_prune_record(cpl_record *rec, const cpl_layout *layout, const cpl_prune_options *o, const cpl_prune_report *r);
 

@@ -1,6 +1,7 @@
 /* Devices: choice of a back end and accounting of its memory.
  * Refuses to fall back in silence: a back end asked for by name is there or the call fails. */
 #include "kernels/backend.h"
+#include <stdlib.h>
 #include <string.h>
 
 static const cpl_backend *const backends[] = {&cpl_cuda_backend, &cpl_cpu_backend}; /* "auto" takes the first that opens */
@@ -15,13 +16,21 @@ static cpl_backend_device *shared_of(const cpl_device *dev) {
     return dev->impl;
 }
 
+const char *cpl_device_backend(const char *backend) {
+    const char *chosen = getenv("CUPEL_DEVICE");
+    return strcmp(backend, "auto") == 0 && chosen != NULL && chosen[0] != '\0' ? chosen : backend;
+}
+
 cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads) {
     cpl_status st = CPL_OK;
     cpl_device *dev = NULL;
     *out = NULL;
+    const char *chosen = getenv("CUPEL_DEVICE");
+    backend = cpl_device_backend(backend);
     bool automatic = strcmp(backend, "auto") == 0;
     if (!automatic && strcmp(backend, "cpu") != 0 && strcmp(backend, "cuda") != 0) {
-        CPL_FAIL(CPL_USAGE, "back end '%s': expected auto, cpu or cuda", backend);
+        CPL_FAIL(CPL_USAGE, "back end '%s'%s: expected auto, cpu or cuda", backend,
+                 chosen != NULL && strcmp(backend, chosen) == 0 ? " (CUPEL_DEVICE)" : "");
     }
     if (threads < 0 || local_rank < 0) {
         CPL_FAIL(CPL_USAGE, "device: %d threads and local rank %d: expected 0 or more", threads, local_rank);
@@ -202,8 +211,12 @@ void *cpl_device_stream(const cpl_device *dev) {
 
 cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
     const cpl_backend *backend = shared_of(dev)->backend;
+    cpl_trace *trace = dev->trace;
     *out = NULL;
-    return backend->record == NULL ? CPL_OK : backend->record(dev, body, context, out);
+    dev->trace = NULL; /* what is recorded does not run */
+    cpl_status st = backend->record == NULL ? CPL_OK : backend->record(dev, body, context, out);
+    dev->trace = trace;
+    return st;
 }
 
 cpl_status cpl_device_replay(cpl_device *dev, cpl_graph *graph) {

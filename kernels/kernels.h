@@ -19,8 +19,8 @@ static inline size_t cpl_dtype_size(cpl_dtype t) {
 }
 const char *cpl_dtype_name(cpl_dtype t);
 
-/* GELU: tanh form, Hendrycks & Gimpel 2016, arXiv:1606.08415. ROUNDED: of the argument as it is stored; else of that or of the sum before
- * its rounding, whichever the device does faster. */
+/* GELU: tanh form, Hendrycks & Gimpel 2016, arXiv:1606.08415. ROUNDED: of the argument as it is stored; else of that or of the sum
+ * before its rounding, whichever the device does faster. */
 typedef enum { CPL_ACT_NONE, CPL_ACT_GELU, CPL_ACT_GELU_ROUNDED } cpl_activation;
 
 /* Sums over flat buffers are made of one partial sum per chunk of this many elements, added in order of their global index, so that
@@ -77,18 +77,23 @@ typedef struct {
 #undef CPL_OP
 } cpl_ops;
 
+typedef struct cpl_trace cpl_trace;
 struct cpl_device {
     const cpl_ops *ops; /* borrowed, static */
     const char *kind;   /* "cpu" or "cuda" */
     char name[128];     /* what it is, for people */
     void *impl;         /* owned by the back end */
+    cpl_trace *trace;   /* borrowed; NULL: operations are not timed one by one */
 };
 /* dev->ops->gelu_fwd(dev, ...) written CPL_OPS(dev, gelu_fwd, ...) */
-#define CPL_OPS(dev, op, ...) ((dev)->ops->op((dev), __VA_ARGS__))
+#define CPL_OPS(dev, op, ...)                                                                                                      \
+    ((dev)->trace == NULL ? (dev)->ops->op((dev), __VA_ARGS__)                                                                     \
+                          : (cpl_trace_begin((dev), #op), cpl_trace_end((dev), (dev)->ops->op((dev), __VA_ARGS__))))
 
-/* backend "auto" takes a GPU where there is one, else the CPU; "cpu"; "cuda" fails where there is none. local_rank picks the GPU.
- * threads: CPU threads of this process, 0: OMP_NUM_THREADS, else as many as the process may run on.
- * Errors: CPL_UNSUPPORTED with what is missing. */
+/* backend "auto" takes what CUPEL_DEVICE says (cpu, cuda), else a GPU where there is one, else the CPU; "cpu"; "cuda" fails where
+ * there is none. local_rank picks the GPU. threads: CPU threads of this process, 0: OMP_NUM_THREADS, else as many as the process
+ * may run on. Errors: CPL_UNSUPPORTED with what is missing. */
+const char *cpl_device_backend(const char *backend); /* what CUPEL_DEVICE makes of it: "auto" stays "auto" without */
 cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads);
 void cpl_device_destroy(cpl_device **dev);
 
@@ -126,6 +131,24 @@ typedef struct cpl_graph cpl_graph;
 cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
 cpl_status cpl_device_replay(cpl_device *dev, cpl_graph *graph);
 void cpl_graph_destroy(cpl_device *dev, cpl_graph **graph);
+
+/* A profile: what each CPL_OPS call took by the device's clock, while dev->trace points to one. Not noted: what a graph replays or
+ * is recorded from, and an operation inside another. The device may not be one of a test (it needs a back end). */
+typedef struct {
+    const char *op; /* borrowed, static: its name in ops.def */
+    double at, ms;  /* begin, from that of the first on, and duration; of cpl_trace_read */
+} cpl_traced_op;
+struct cpl_trace {
+    cpl_traced_op *op; /* owned [room] */
+    int64_t count, room;
+    int depth;         /* operations that are running */
+    cpl_status status; /* of the first mark that failed; told by cpl_trace_read */
+};
+void cpl_trace_begin(cpl_device *dev, const char *op);
+cpl_status cpl_trace_end(cpl_device *dev, cpl_status st); /* st, that of the operation */
+/* Waits, and fills the times. */
+cpl_status cpl_trace_read(cpl_device *dev, cpl_trace *trace);
+void cpl_trace_free(cpl_trace *trace);
 
 /* Lines "key: value" of what the back ends found here (instruction sets, matrix library and version, threads), for `cupel info`. */
 void cpl_device_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Every test: installs what is missing, builds cpu (warnings are errors) and asan, runs both, ends with the line "N passed, N failed".
-# Where a CUDA toolkit is found the preset cuda is built too, and where a GPU is found its tests run.
+# Where a CUDA toolkit is found the preset cuda is built too, and where a GPU is found the same tests run on it: label cuda (tests/CMakeLists.txt).
 # Refuses to end well when anything failed: a build that fails counts as a failed test, a skipped test never counts as passed.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash tests/run.sh [--fast] [--only REGEX]
+usage: bash tests/run.sh [--fast | --sanitize-cuda] [--only REGEX]
 
-  --fast         the optimised build only, without the tests that take long
-  --only REGEX   only the tests whose name (folder/name) matches, in both builds
+  --fast            the optimised build only, without the tests that take long
+  --sanitize-cuda   only the tests of operations and models on a GPU, under compute-sanitizer: memcheck, racecheck
+  --only REGEX      only the tests whose name (folder/name) matches, in all builds
 TEXT
 }
-presets=(cpu asan) select=()
+presets=(cpu asan) select=() label=cuda
 while (($#)); do
     case $1 in
     -h | --help) usage; exit 0 ;;
     --fast) presets=(cpu) select+=(--label-exclude slow) ;;
+    --sanitize-cuda) presets=() label=sanitize ;;
     --only)
         (($# >= 2)) || { usage >&2; exit 2; }
         select+=(--tests-regex "$2")
@@ -60,8 +62,12 @@ has_cuda() {
     ((${version:-0} >= 12))
 }
 built=("${presets[@]}")
-if [[ ${presets[*]} == *asan* ]] && has_cuda; then built+=(cuda); fi
+if [[ ${presets[*]} == *asan* || $label == sanitize ]] && has_cuda; then built+=(cuda); fi
 for preset in "${built[@]}"; do build "$preset"; done
+if [[ $label == sanitize ]]; then
+    [[ ${built[*]} == cuda ]] || { echo "cupel: --sanitize-cuda: no CUDA toolkit is here" >&2; exit 1; }
+    [[ $(ctest --test-dir build/cuda -N) == *memcheck/* ]] || { echo "cupel: --sanitize-cuda: compute-sanitizer is not here" >&2; exit 1; }
+fi
 if [[ ${built[*]} == *cuda* ]]; then
     if [[ $(build/cuda/cupel info) == *$'\n GPU '* ]]; then presets+=(cuda); else skipped+=("cuda: built, but no GPU to run its tests on is here"); fi
 fi
@@ -69,9 +75,10 @@ fi
 attribute() { sed -n "s/^[[:space:]]*$1=\"\([0-9]*\)\".*/\1/p;s/.*<testsuite .*[[:space:]]$1=\"\([0-9]*\)\".*/\1/p" "$2" | head -n 1; }
 for preset in "${presets[@]}"; do
     echo "== testing $preset =="
-    report=build/$preset/tests.xml
+    report=build/$preset/tests.xml of_cuda=()
+    [[ $preset != cuda ]] || of_cuda=(--label-regex "^$label\$")
     rm -f "$report"
-    ctest --test-dir "build/$preset" --output-on-failure --parallel "$(nproc)" --output-junit "$PWD/$report" "${select[@]}" </dev/null || true
+    ctest --test-dir "build/$preset" --output-on-failure --parallel "$(nproc)" --output-junit "$PWD/$report" "${select[@]}" "${of_cuda[@]}" </dev/null || true
     [[ -s $report ]] || { failed=$((failed + 1)); echo "cupel: ctest left no report for $preset" >&2; continue; }
     tests=$(attribute tests "$report") failures=$(attribute failures "$report") left_out=$(attribute skipped "$report") off=$(attribute disabled "$report")
     failed=$((failed + failures))

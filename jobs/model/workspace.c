@@ -96,8 +96,8 @@ static void carve_all(cpl_workspace *ws, carver *c) {
     ws->logits = carve(c, ws->loss_rows, ws->layout->shape.vocab, cpl_dtype_size(ws->dt));
 }
 
-/* Logits as large as the activations of one block, or an eighth of all blocks', but at least logits_least, in even chunks: products of
- * few rows are slow, and each chunk reads and writes the gradient of wte. */
+/* Logits as large as the activations of one block, or an eighth of all blocks', but at least logits_least, in even chunks: products
+ * of few rows are slow, and each chunk reads and writes the gradient of wte. */
 static int64_t default_loss_rows(const cpl_workspace *ws) {
     enum { BLOCK_ACTIVATIONS = 16, SHARE = 8 }; /* [R,C] buffers of a block: carve_training */
     size_t element = cpl_dtype_size(ws->dt), limit = 0, blocks = 0;

@@ -281,11 +281,12 @@ done:
     return st;
 }
 
-/* Norm and decision from the summed gradient; every rank gets the same bits, for one partial sum per chunk is gathered, not added
+/* Every rank gets the same bits, for one partial sum per chunk is gathered, not added
  * up on the way. */
-static cpl_status decide(cpl_optimizer *o) {
+cpl_status cpl_optimizer_decide(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int rank = cpl_comm_rank(o->comm);
+    CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow));
     if (!scan_makes_sums(o)) {
         CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
@@ -302,11 +303,10 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
 cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     CPL_TRY(sum_over_ranks(o));
-    CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow));
     if (!o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
     }
-    CPL_TRY(decide(o));
+    CPL_TRY(cpl_optimizer_decide(o));
     if (o->sharded) {
         CPL_TRY(update_and_hand_round(o));
     } else {

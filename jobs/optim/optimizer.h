@@ -64,6 +64,10 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);
  * ranks, decides, updates, gathers the working copy. */
 cpl_status cpl_optimizer_step(cpl_optimizer *opt);
 
+/* Collective, the part of cpl_optimizer_step that decides: overflow combined, norm of the summed gradient, clipping, skip, scale.
+ */
+cpl_status cpl_optimizer_decide(cpl_optimizer *opt);
+
 /* This rank's shard of param, m, v to (download) or from (restore) host buffers [n] each. restore is collective: the working copy
  * is gathered. */
 cpl_status cpl_optimizer_download(cpl_optimizer *opt, float *param, float *m, float *v, cpl_step_state *state);

@@ -46,8 +46,7 @@ cpl_status CPL_CPU(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, d
         }
     }
     *any |= found_any != 0;
-    return chunk_sums == NULL ? CPL_OK
-                              : CPL_CPU(sum_squares)(dev, chunk_sums, grad + begin[0], begin[tensors] - begin[0]);
+    return chunk_sums == NULL ? CPL_OK : CPL_CPU(sum_squares)(dev, chunk_sums, grad + begin[0], begin[tensors] - begin[0]);
 }
 
 cpl_status CPL_CPU(sum_squares)(cpl_device *dev, double *chunk_sums, const float *x, int64_t n) {

@@ -103,7 +103,8 @@ static void row_backward(const backward_row *w, float *dx, const float *dy, cons
 }
 
 cpl_status CPL_CPU(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, void *dx, float *dg, float *db, float *dbias, const void *dy,
-                                  const void *dres, const void *x, const float *mean, const float *rstd, const void *g, int64_t R, int64_t C) {
+                                  const void *dres, const void *x, const float *mean, const float *rstd, const void *g, int64_t R,
+                                  int64_t C) {
     cpl_status st = CPL_OK;
     enum { SUMS = 3 }; /* dg, db, dbias: partial sums over at most 64 blocks of rows, a function of R alone, added in order. */
     int64_t rows = cpl_ceil_div(R, 64) > 16 ? cpl_ceil_div(R, 64) : 16;
@@ -120,8 +121,7 @@ cpl_status CPL_CPU(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, void *dx, float
     for (int64_t block = 0; block < blocks; block++) {
         float *own = buffers + 6 * omp_get_thread_num() * stride;
         float *sums = partial + SUMS * block * C;
-        backward_row w = {
-            .gain = gain, .h = own, .e = own + stride, .dg = sums, .db = sums + C, .dbias = sums + 2 * C, .C = C};
+        backward_row w = {.gain = gain, .h = own, .e = own + stride, .dg = sums, .db = sums + C, .dbias = sums + 2 * C, .C = C};
         memset(sums, 0, (size_t)(SUMS * C) * sizeof *sums);
         for (int64_t r = block * rows; r < cpl_min_i64(R, (block + 1) * rows); r++) {
             const float *dy_row = cpl_view_act(dt, own + 2 * stride, dy, r * C, C);

@@ -48,7 +48,8 @@ typedef struct {
     size_t outgrown_count;
     cpl_cuda_table table[CPL_CUDA_TABLES];
     int tables;
-    cudaEvent_t mark[CPL_MARKS];
+    cudaEvent_t *mark; /* owned [marks], each made at its first use: NULL before */
+    int marks;
     cpl_cuda_linear *linear;       /* owned */
     cpl_cuda_attention *attention; /* owned, or NULL: not asked yet */
 } cpl_cuda;

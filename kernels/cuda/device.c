@@ -182,25 +182,60 @@ cpl_status CPL_CUDA(synchronize)(cpl_device *dev) {
 
 /* --- marks and graphs --- */
 
+static cpl_status make_mark(cpl_cuda *cuda, int slot) {
+    cpl_status st = CPL_OK;
+    cudaEvent_t *grown = NULL;
+    if (slot >= cuda->marks) {
+        int marks = slot + 1 > 2 * cuda->marks ? slot + 1 : 2 * cuda->marks;
+        CPL_TRY(cpl_alloc(&grown, (size_t)marks, sizeof *grown, "marks"));
+        if (cuda->marks > 0) {
+            memcpy(grown, cuda->mark, (size_t)cuda->marks * sizeof *grown);
+        }
+        cpl_free(&cuda->mark);
+        cuda->mark = grown;
+        cuda->marks = marks;
+    }
+    CPL_CUDA_TRY("make an event", cudaEventCreate(&cuda->mark[slot]));
+done:
+    return st;
+}
+
+static cudaEvent_t mark_of(const cpl_cuda *cuda, int slot) {
+    return slot < cuda->marks ? cuda->mark[slot] : NULL;
+}
+
 static cpl_status mark(cpl_device *dev, int slot) {
-    return cpl_cuda_status(cudaEventRecord(cpl_cuda_of(dev)->mark[slot], cpl_cuda_stream(dev)), __FILE__, __LINE__, "mark");
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (mark_of(cuda, slot) == NULL) {
+        CPL_TRY(make_mark(cuda, slot));
+    }
+    CPL_CUDA_TRY("mark", cudaEventRecord(cuda->mark[slot], cuda->stream));
+done:
+    return st;
 }
 
 static cpl_status wait_mark(cpl_device *dev, int slot) {
-    return cpl_cuda_status(cudaEventSynchronize(cpl_cuda_of(dev)->mark[slot]), __FILE__, __LINE__, "wait for the GPU");
+    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
+    return event == NULL ? CPL_OK : cpl_cuda_status(cudaEventSynchronize(event), __FILE__, __LINE__, "wait for the GPU");
 }
 
 static cpl_status mark_ms(cpl_device *dev, int from, int to, double *ms) {
+    cpl_status st = CPL_OK;
     float elapsed = 0;
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    cpl_status st = cpl_cuda_status(cudaEventElapsedTime(&elapsed, cuda->mark[from], cuda->mark[to]), __FILE__, __LINE__,
-                                    "read the GPU's clock");
+    cudaEvent_t begin = mark_of(cpl_cuda_of(dev), from), end = mark_of(cpl_cuda_of(dev), to);
+    if (begin == NULL || end == NULL) {
+        CPL_FAIL(CPL_INTERNAL, "time between marks %d and %d: expected both to be set", from, to);
+    }
+    CPL_CUDA_TRY("read the GPU's clock", cudaEventElapsedTime(&elapsed, begin, end));
     *ms = (double)elapsed;
+done:
     return st;
 }
 
 static cpl_status over_mark(cpl_device *dev, int slot, bool *over) {
-    cudaError_t error = cudaEventQuery(cpl_cuda_of(dev)->mark[slot]);
+    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
+    cudaError_t error = event == NULL ? cudaSuccess : cudaEventQuery(event);
     *over = error == cudaSuccess;
     return error == cudaErrorNotReady ? CPL_OK : cpl_cuda_status(error, __FILE__, __LINE__, "wait for the GPU");
 }
@@ -273,11 +308,12 @@ static void close_device(cpl_device *dev) {
     for (size_t i = 0; i < cuda->outgrown_count; i++) {
         cudaFree(cuda->outgrown[i]);
     }
-    for (int i = 0; i < CPL_MARKS; i++) {
+    for (int i = 0; i < cuda->marks; i++) {
         if (cuda->mark[i] != NULL) {
             cudaEventDestroy(cuda->mark[i]);
         }
     }
+    cpl_free(&cuda->mark);
     if (cuda->stream != NULL) {
         cudaStreamDestroy(cuda->stream);
     }
@@ -320,9 +356,6 @@ static cpl_status open_device(cpl_device *dev, int local_rank, int threads) {
     cuda->threads = threads > 0 ? threads : 1;
     cuda->blocking = blocking != NULL && strcmp(blocking, "1") == 0;
     CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
-    for (int i = 0; i < CPL_MARKS; i++) {
-        CPL_CUDA_TRY("make an event", cudaEventCreate(&cuda->mark[i]));
-    }
     CPL_TRY(cpl_cuda_linear_open(dev));
 done:
     if (st != CPL_OK && cuda != NULL) {

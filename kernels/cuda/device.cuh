@@ -48,8 +48,8 @@ template <typename T, int N> struct alignas(sizeof(T) * N) packed {
     __device__ __forceinline__ float f32(int i) const { return to_f32(at[i]); }
     __device__ __forceinline__ void set(int i, float x) { at[i] = from_f32<T>(x); }
 };
-/* 16 bytes of T as 4 registers. The compiler gives each element of a packed<16-bit type> a register of its own where it must live long; of
- * words it keeps the words and converts where an element is used. */
+/* 16 bytes of T as 4 registers. The compiler gives each element of a packed<16-bit type> a register of its own where it must live
+ * long; of words it keeps the words and converts where an element is used. */
 template <typename T> struct words {
     uint32_t at[4];
     __device__ __forceinline__ float f32(int i) const {

@@ -174,7 +174,8 @@ extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint
     if (st != CPL_OK) {
         return st;
     }
-    (chunk_sums != NULL ? scan_kernel<true> : scan_kernel<false>)<<<(unsigned)cpl_ceil_div(n, PIECE), THREADS, 0, cpl_cuda_stream(dev)>>>(
+    (chunk_sums != NULL ? scan_kernel<true>
+                        : scan_kernel<false>)<<<(unsigned)cpl_ceil_div(n, PIECE), THREADS, 0, cpl_cuda_stream(dev)>>>(
         kinds, any, chunk_sums, grad, (const int64_t *)table, tensors, begin[0], begin[tensors], aligned16(grad + begin[0]));
     return cpl_cuda_launched(dev, "grad_scan");
 }

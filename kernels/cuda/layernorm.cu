@@ -4,8 +4,8 @@
 
 enum { FORWARD_THREADS = 256 };
 
-/* Packs of N elements that a lane of a warp keeps of a row: rows of up to 32 * N * KEPT elements stay in registers. The last rows come
- * first: what the product before wrote last is in the cache still, and what the next one reads first will be. */
+/* Packs of N elements that a lane of a warp keeps of a row: rows of up to 32 * N * KEPT elements stay in registers. The last rows
+ * come first: what the product before wrote last is in the cache still, and what the next one reads first will be. */
 template <typename T, int N, int KEPT>
 __global__ void __launch_bounds__(FORWARD_THREADS)
     forward_kernel(T *sum, T *y, float *mean, float *rstd, const T *x, const T *delta, const T *g, const T *b, int64_t R, int C) {

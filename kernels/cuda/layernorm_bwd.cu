@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
 template <typename T> struct row_part {
     words<T> up, in, rest; /* of dy, x, dres */
     float shift, rstd;     /* normalised: x rstd + shift */
-    __device__ __forceinline__ void read(int64_t row, int64_t C, int column, const T *dy, const T *dres, const T *x, const float *means,
-                                         const float *rstds) {
+    __device__ __forceinline__ void read(int64_t row, int64_t C, int column, const T *dy, const T *dres, const T *x,
+                                         const float *means, const float *rstds) {
         up = load_words(dy + row * C + column);
         in = load_words(x + row * C + column);
         if (dres != nullptr) {
@@ -106,15 +106,16 @@ template <typename T> struct row_part {
     __device__ __forceinline__ float hat(int j) const { return fmaf(in.f32(j), rstd, shift); }
 };
 
-/* Rows of whole warps, a thread N columns of them: a block has blockDim.x / across groups of `across` = C / N threads, each of which
- * takes one row at a time while the next is under way. A thread's sums over rows are SUMS * N numbers. partial [SUMS][blocks][C].
- * The last rows come first: what the product before wrote last is in the cache still, and what the next one reads first will be. */
+/* Rows of whole warps, a thread N columns of them: a block has blockDim.x / across groups of `across` = C / N threads, each of
+ * which takes one row at a time while the next is under way. A thread's sums over rows are SUMS * N numbers. partial
+ * [SUMS][blocks][C]. The last rows come first: what the product before wrote last is in the cache still, and what the next one
+ * reads first will be. */
 template <typename T, int N, int SUMS>
 __global__ void __launch_bounds__(WIDE_THREADS, 2)
     backward_wide_kernel(T *dx, float *partial, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd,
                          const T *g, int64_t R, int C) {
-    extern __shared__ float gathered[];               /* [SUMS][C], at the end */
-    __shared__ float2 parts[2][WIDE_THREADS / 32];    /* sums of a row over a warp; rows take turns */
+    extern __shared__ float gathered[];            /* [SUMS][C], at the end */
+    __shared__ float2 parts[2][WIDE_THREADS / 32]; /* sums of a row over a warp; rows take turns */
     int across = C / N, group = threadIdx.x / across, groups = blockDim.x / across, column = threadIdx.x % across * N;
     int warps = across / 32, turn = 0;
     float sum[SUMS][N] = {}, per_column = 1.0f / (float)C;
@@ -264,9 +265,9 @@ static bool backward_wide(cpl_device *dev, int pieces, T *dx, float *partial, bo
         return false;
     }
     int across = (int)(C / N), threads = WIDE_THREADS / across * across;
-    (biased ? backward_wide_kernel<T, N, 3> : backward_wide_kernel<T, N, 2>)<<<pieces, threads, 3 * (size_t)C * sizeof(float),
-                                                                               cpl_cuda_stream(dev)>>>(dx, partial, dy, dres, x, mean,
-                                                                                                       rstd, g, R, (int)C);
+    (biased ? backward_wide_kernel<T, N, 3>
+            : backward_wide_kernel<T, N, 2>)<<<pieces, threads, 3 * (size_t)C * sizeof(float), cpl_cuda_stream(dev)>>>(
+        dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
     return true;
 }
 
@@ -289,8 +290,8 @@ extern "C" cpl_status CPL_CUDA(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, voi
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
         constexpr int N = pack_of<T>;
-        if (backward_wide<T, N>(dev, pieces, (T *)dx, partial, dbias != NULL, (const T *)dy, (const T *)dres, (const T *)x, mean, rstd,
-                                (const T *)g, R, C)) {
+        if (backward_wide<T, N>(dev, pieces, (T *)dx, partial, dbias != NULL, (const T *)dy, (const T *)dres, (const T *)x, mean,
+                                rstd, (const T *)g, R, C)) {
             biased = dbias != NULL;
         } else if (!backward_kept<T, N>(dev, pieces, (T *)dx, partial, (const T *)dy, (const T *)dres, (const T *)x, mean, rstd,
                                         (const T *)g, R, C)) {

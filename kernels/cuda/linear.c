@@ -33,8 +33,8 @@ typedef struct {
     double ms;
 } choice;
 
-/* Whether the product with an epilogue is faster than `best` and the separate kernel after it; the faster one becomes the best. Timing
- * runs that kernel on `s`, whose content must be of no value yet. */
+/* Whether the product with an epilogue is faster than `best` and the separate kernel after it; the faster one becomes the best.
+ * Timing runs that kernel on `s`, whose content must be of no value yet. */
 static cpl_status take_faster(const char *name, separate *s, cpl_status (*body)(void *), const choice *fused, choice *best,
                               bool *is_fused) {
     cpl_status st = CPL_OK;

@@ -49,8 +49,8 @@ extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, 
     return cpl_cuda_launched(dev, "add_bias");
 }
 
-/* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. The last
- * piece comes first, for it may be in the cache still. */
+/* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. The
+ * last piece comes first, for it may be in the cache still. */
 template <typename T, int V>
 __global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, int64_t N, int64_t rows_each) {
     __shared__ float sums[SUM_LANES][SUM_COLUMNS + 1];

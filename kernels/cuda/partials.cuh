@@ -35,8 +35,10 @@ static __global__ void __launch_bounds__(CPL_TOTAL_THREADS)
     }
 }
 
-static inline void add_partials(cudaStream_t stream, const total_targets &to, int sums, const float *partial, int64_t N, int pieces) {
-    add_partials_kernel<<<dim3((unsigned)cpl_ceil_div(N, 32), (unsigned)sums), CPL_TOTAL_THREADS, 0, stream>>>(to, partial, N, pieces);
+static inline void add_partials(cudaStream_t stream, const total_targets &to, int sums, const float *partial, int64_t N,
+                                int pieces) {
+    add_partials_kernel<<<dim3((unsigned)cpl_ceil_div(N, 32), (unsigned)sums), CPL_TOTAL_THREADS, 0, stream>>>(to, partial, N,
+                                                                                                               pieces);
 }
 
 #endif

@@ -47,13 +47,11 @@ static int32_t alignment_of(const void *p) {
 /* --- descriptors --- */
 
 static cublasLtEpilogue_t epilogue_of(const cpl_product *p) {
-    static const cublasLtEpilogue_t epilogues[] = {[CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT,
-                                                   [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
-                                                   [CPL_AFTER_GELU] = CUBLASLT_EPILOGUE_GELU_BIAS,
-                                                   [CPL_AFTER_GELU_KEPT] = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-                                                   [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU,
-                                                   [CPL_AFTER_GELU_GRAD_SUMS] = CUBLASLT_EPILOGUE_DGELU_BGRAD,
-                                                   [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
+    static const cublasLtEpilogue_t epilogues[] = {
+        [CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT, [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
+        [CPL_AFTER_GELU] = CUBLASLT_EPILOGUE_GELU_BIAS,  [CPL_AFTER_GELU_KEPT] = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU, [CPL_AFTER_GELU_GRAD_SUMS] = CUBLASLT_EPILOGUE_DGELU_BGRAD,
+        [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
     return epilogues[p->after];
 }
 

@@ -55,12 +55,13 @@ cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx, const voi
 cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const void *bias, int64_t R, int64_t N);
 cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N);
 
-/* linear_fwd with a bias and GELU of the rounded sum, and linear_bwd_input with GELU's derivative, by our own kernel (product_gelu.cu).
- * usable: sm_90, 16-bit types, rows and the pointers (those of the call, and pre) at multiples of 16 bytes. pre NULL: not kept. */
-bool cpl_cuda_product_gelu_usable(const cpl_device *dev, cpl_dtype dt, int64_t R, int64_t N, int64_t K, const void *x, const void *y,
-                                  const void *w, const void *other);
-cpl_status cpl_cuda_product_gelu_fwd(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
-                                     int64_t R, int64_t N, int64_t K);
+/* linear_fwd with a bias and GELU of the rounded sum, and linear_bwd_input with GELU's derivative, by our own kernel
+ * (product_gelu.cu). usable: sm_90, 16-bit types, rows and the pointers (those of the call, and pre) at multiples of 16 bytes. pre
+ * NULL: not kept. */
+bool cpl_cuda_product_gelu_usable(const cpl_device *dev, cpl_dtype dt, int64_t R, int64_t N, int64_t K, const void *x,
+                                  const void *y, const void *w, const void *other);
+cpl_status cpl_cuda_product_gelu_fwd(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w,
+                                     const void *bias, int64_t R, int64_t N, int64_t K);
 cpl_status cpl_cuda_product_gelu_bwd(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
                                      const void *pre, int64_t R, int64_t N, int64_t K);
 

@@ -1,5 +1,5 @@
-/* The two products around GELU by our own kernel on sm_90, with what cuBLASLt does slowly or not at all in the same pass: forward bias,
- * GELU of the rounded sum, and that sum kept; backward GELU's derivative and the sums over rows that are the bias gradient.
+/* The two products around GELU by our own kernel on sm_90, with what cuBLASLt does slowly or not at all in the same pass: forward
+ * bias, GELU of the rounded sum, and that sum kept; backward GELU's derivative and the sums over rows that are the bias gradient.
  * Refuses other GPUs, f32, and rows that the copy engine cannot take (not at multiples of 16 bytes). */
 #include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/partials.cuh"
@@ -81,8 +81,8 @@ template <bool BY_ROWS> __device__ void produce(shared_memory &m, const maps &ma
     }
 }
 
-/* acc [half][..] = one tile, from stage number `at` on; lets go of each stage once the products with it are over. The warpgroups take
- * turns: a barrier tells a phase from the one after the next only, so nobody may wait for stages that are further ahead. */
+/* acc [half][..] = one tile, from stage number `at` on; lets go of each stage once the products with it are over. The warpgroups
+ * take turns: a barrier tells a phase from the one after the next only, so nobody may wait for stages that are further ahead. */
 template <typename T, bool BY_ROWS>
 __device__ __forceinline__ void multiply(shared_memory &m, float (&acc)[2][64], int at, int blocks, int group, int own_tile) {
     if (group == 1 || own_tile > 0) {
@@ -129,8 +129,8 @@ __device__ __forceinline__ void send(unsigned char (*buffer)[BOX], const CUtenso
 }
 
 template <typename T, int MODE>
-__device__ __forceinline__ void finish_forward(shared_memory &m, const float (&acc)[2][64], const maps &map, const T *bias, int64_t N, int group,
-                                               int row, int column) {
+__device__ __forceinline__ void finish_forward(shared_memory &m, const float (&acc)[2][64], const maps &map, const T *bias,
+                                               int64_t N, int group, int row, int column) {
     unsigned char(*buffer)[BOX] = m.buffer[group];
     int lane = threadIdx.x % 32, first = threadIdx.x % GROUP / 32 * 16 + lane / 4;
     if (threadIdx.x % GROUP == 0) {
@@ -168,8 +168,8 @@ __device__ __forceinline__ void finish_forward(shared_memory &m, const float (&a
 
 /* The buffer has the values before GELU and gets the gradient over them; partial: sums of its columns, of this row of tiles. */
 template <typename T>
-__device__ __forceinline__ void finish_backward(shared_memory &m, const float (&acc)[2][64], const maps &map, float *partial, int64_t N,
-                                                int group, int row, int column) {
+__device__ __forceinline__ void finish_backward(shared_memory &m, const float (&acc)[2][64], const maps &map, float *partial,
+                                                int64_t N, int group, int row, int column) {
     unsigned char(*buffer)[BOX] = m.buffer[group];
     int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32, first = warp * 16 + lane / 4;
     group_barrier(group); /* all have read the sums of the tile before */
@@ -284,11 +284,11 @@ cpl_status describe(CUtensorMap *map, cpl_dtype dt, const void *x, int64_t rows,
     static const encode_call encode = find_encode();
     const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)cols * 2};
     const cuuint32_t box[2] = {DEPTH, (cuuint32_t)box_rows}, step[2] = {1, 1};
-    CUresult result = encode == NULL ? CUDA_ERROR_NOT_SUPPORTED
-                                     : encode(map, dt == CPL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                                              (void *)(uintptr_t)x, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult result =
+        encode == NULL ? CUDA_ERROR_NOT_SUPPORTED
+                       : encode(map, dt == CPL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                                (void *)(uintptr_t)x, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? CPL_OK
                                   : cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "describe a tensor of %lld x %lld: CUDA error %d",
                                              (long long)rows, (long long)cols, (int)result);
@@ -296,13 +296,16 @@ cpl_status describe(CUtensorMap *map, cpl_dtype dt, const void *x, int64_t rows,
 
 template <typename T, int MODE>
 cpl_status launch(cpl_device *dev, const maps &map, const T *bias, float *partial, int64_t R, int64_t N, int64_t depth) {
-    const extent e = {(int)(cpl_ceil_div(R, TILE) * cpl_ceil_div(N, TILE)), (int)cpl_ceil_div(N, TILE), (int)cpl_ceil_div(depth, DEPTH), N};
-    const int bytes = (int)sizeof(shared_memory) + 1024, most = cpl_cuda_of(dev)->sm_count;
-    cudaError_t error = cudaFuncSetAttribute(product_kernel<T, MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const extent e = {(int)(cpl_ceil_div(R, TILE) * cpl_ceil_div(N, TILE)), (int)cpl_ceil_div(N, TILE),
+                      (int)cpl_ceil_div(depth, DEPTH), N};
+    const int bytes = (int)sizeof(shared_memory) + 1024, most = cpl_cuda_of(dev)->sm_count,
+              blocks = e.tiles < most ? e.tiles : most;
+    auto *kernel = product_kernel<T, MODE>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
         return cpl_cuda_status(error, __FILE__, __LINE__, "product with GELU");
     }
-    product_kernel<T, MODE><<<e.tiles < most ? e.tiles : most, THREADS, bytes, cpl_cuda_stream(dev)>>>(map, bias, partial, e);
+    kernel<<<blocks, THREADS, bytes, cpl_cuda_stream(dev)>>>(map, bias, partial, e);
     return cpl_cuda_launched(dev, "product with GELU");
 }
 
@@ -337,8 +340,8 @@ done:
     return st;
 }
 
-extern "C" cpl_status cpl_cuda_product_gelu_bwd(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
-                                                const void *pre, int64_t R, int64_t N, int64_t K) {
+extern "C" cpl_status cpl_cuda_product_gelu_bwd(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy,
+                                                const void *w, const void *pre, int64_t R, int64_t N, int64_t K) {
     maps map;
     cpl_status st = CPL_OK;
     float *partial = NULL;

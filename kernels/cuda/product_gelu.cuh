@@ -43,8 +43,8 @@ __device__ __forceinline__ void box_load(void *to, const CUtensorMap *map, uint6
                  : "memory");
 }
 __device__ __forceinline__ void box_store(const CUtensorMap *map, const void *from, int first, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(shared_address(from)),
-                 "r"(first), "r"(row)
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(first), "r"(row)
                  : "memory");
 }
 __device__ __forceinline__ void stores_commit() {
@@ -66,7 +66,8 @@ __device__ __forceinline__ void shared_to_copies() {
 
 /* Descriptor of an operand in 128-byte swizzled shared memory, 1024-byte aligned. lead, stride: bytes. */
 __device__ __forceinline__ uint64_t operand(const void *p, uint32_t lead, uint32_t stride) {
-    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(lead >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | 1ull << 62;
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(lead >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
+           1ull << 62;
 }
 __device__ __forceinline__ void mma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

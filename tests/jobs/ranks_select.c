@@ -12,7 +12,7 @@
 #include <cmocka.h>
 
 static cpl_comm *world;
-static cpl_device *dev;
+static cpl_device *dev, *host; /* what selects; the CPU */
 static int rank, size;
 static int wrong;
 static cpl_sha256 seen; /* of all masks: the same on any number of ranks */
@@ -177,8 +177,8 @@ static cpl_status prune(model *m, const cpl_prune_options *o, cpl_prune_report *
     if (st == CPL_OK) {
         memcpy(m->found + shard.begin, shard.mask, (size_t)shard.n);
         memcpy(m->pruned + shard.begin, shard.param, (size_t)shard.n * sizeof(float));
-        EXPECT_OK(cpl_comm_allgather(world, dev, m->found, 1, m->begin));
-        EXPECT_OK(cpl_comm_allgather(world, dev, m->pruned, sizeof(float), m->begin));
+        EXPECT_OK(cpl_comm_allgather(world, host, m->found, 1, m->begin));
+        EXPECT_OK(cpl_comm_allgather(world, host, m->pruned, sizeof(float), m->begin));
     }
     cpl_shard_free(&shard);
     return st;
@@ -273,6 +273,37 @@ static void test_every_k_near_the_ends_and_at_the_ties_is_exact(void **state) {
     model_destroy(&m);
 }
 
+/* Weights on the device, selected again and again: what the first run left behind decides nothing. */
+static void test_a_selection_runs_again_to_the_same_mask(void **state) {
+    model m = {0};
+    model_create(&m, &(cpl_model_shape){.layers = 2, .heads = 2, .width = 34, .context = 9, .vocab = 101});
+    int64_t begin = m.begin[rank], n = m.begin[rank + 1] - begin;
+    cpl_prune_options o = {.sparsity = {1, 2}};
+    cpl_prune_report r = {0}, again = {0};
+    cpl_selection *s = NULL;
+    float *w = NULL;
+    uint8_t *mask = NULL, *first = array(n, 1), *second = array(n, 1);
+    fill(&m, FEW);
+    EXPECT_OK(cpl_device_alloc(dev, &w, (size_t)n, sizeof *w, "weights"));
+    EXPECT_OK(cpl_device_alloc(dev, &mask, (size_t)n, 1, "mask"));
+    EXPECT_OK(CPL_OPS(dev, upload, w, m.w + begin, (size_t)n * sizeof *w));
+    EXPECT_OK(cpl_selection_create(&s, world, dev, m.layout, &o, begin, n, w, mask));
+    EXPECT_OK(cpl_selection_run(s, &r));
+    EXPECT_OK(CPL_OPS(dev, download, first, mask, (size_t)n));
+    for (int i = 0; i < 3; i++) {
+        EXPECT_OK(cpl_selection_run(s, &again));
+    }
+    EXPECT_OK(CPL_OPS(dev, download, second, mask, (size_t)n));
+    EXPECT(memcmp(first, second, (size_t)n) == 0);
+    EXPECT(r.population == again.population && r.threshold == again.threshold && r.ties == again.ties && r.ties > 1);
+    cpl_selection_destroy(&s);
+    cpl_device_free(dev, &w);
+    cpl_device_free(dev, &mask);
+    free(first);
+    free(second);
+    model_destroy(&m);
+}
+
 static void test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor(void **state) {
     model m = {0};
     cpl_prune_report r;
@@ -302,7 +333,8 @@ static void test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor
 #define TEST(name) cmocka_unit_test_teardown(name, all_ranks)
 
 int main(int argc, char **argv) {
-    if (cpl_world_init(&world, &argc, &argv) != CPL_OK || cpl_device_create(&dev, "cpu", 0, 1) != CPL_OK) {
+    if (cpl_world_init(&world, &argc, &argv) != CPL_OK || cpl_device_create(&host, "cpu", 0, 1) != CPL_OK ||
+        cpl_device_create(&dev, getenv("CUPEL_DEVICE") == NULL ? "cpu" : "auto", cpl_comm_local_rank(world), 1) != CPL_OK) {
         fprintf(stderr, "%s\n", cpl_status_message());
         return 1;
     }
@@ -314,6 +346,7 @@ int main(int argc, char **argv) {
         TEST(test_tensors_that_cross_shards_give_the_mask_of_sorting_the_whole),
         TEST(test_a_model_of_two_chunks_leaves_some_ranks_without_weights),
         TEST(test_every_k_near_the_ends_and_at_the_ties_is_exact),
+        TEST(test_a_selection_runs_again_to_the_same_mask),
         TEST(test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor),
     };
     int failed = cmocka_run_group_tests_name("exact pruning over ranks", tests, NULL, NULL);
@@ -323,6 +356,7 @@ int main(int argc, char **argv) {
         printf("masks %s\n", hex);
     }
     cpl_device_destroy(&dev);
+    cpl_device_destroy(&host);
     cpl_world_finish(&world);
     return failed;
 }

@@ -1,5 +1,5 @@
 # Every command explains itself, refuses what it does not know with the nearest right word and exit status 2;
-# prepare, report, info and bench do what they say, on one rank and on two.
+# prepare, report and info do what they say, on one rank and on two (bench: test_bench.sh).
 # Refuses messages of more than one line.
 . "$CUPEL_SOURCE/tests/jobs/tiny.sh"
 
@@ -35,14 +35,12 @@ refused 2 "expected --to PREFIX" prepare a.txt
 refused 2 "expected text files" prepare --to b
 refused 2 "expected one of h5, llmc, nanogpt" prepare a.txt --to b --format csv
 refused 1 "a.txt" prepare a.txt --to b
-refused 2 "did you mean 'train'?" bench trian
-refused 2 "did you mean --width?" bench --widht 3
-refused 2 "width" bench --width 7 --heads 2
-refused 2 "unexpected argument 'memory'" bench ops memory
 
 # info
 "$CUPEL" info >out 2>err || fail "info"
-for key in cupel revision build MPI HDF5 'instruction set' 'matrix library' 'bf16 products' threads CUDA 'rank 0'; do
+device=('instruction set' 'bf16 products' threads)
+[ "${CUPEL_DEVICE:-}" != cuda ] || device=(GPU)
+for key in cupel revision build MPI HDF5 'matrix library' "${device[@]}" CUDA 'rank 0'; do
     grep -q "^ $key  *[^ ]" out || { cat out >&2; fail "info does not say: $key"; }
 done
 ranks 2 "$CUPEL" info >out 2>err || fail "info on 2 ranks"
@@ -78,24 +76,3 @@ has out "nat/token"
 diff out again || fail "report of a folder and of its file differ"
 ranks 2 "$CUPEL" report text >again || fail "report on 2 ranks"
 diff out again || fail "report on 2 ranks differs"
-
-# bench: every operation has a time and a rate, limits are measured, and a second rank adds its share.
-small='--layers 1 --heads 2 --width 16 --context 16 --micro-batch 2 --vocab 40 --seconds 0 --threads 1'
-for precision in fp32 bf16 fp16; do
-    "$CUPEL" bench $small --precision $precision --json >out 2>err || { cat err >&2; fail "bench --precision $precision"; }
-    awk '!/^\{.*\}$/ { bad = 1 } /"operation"/ { n++ }
-        /"operation"/ && !/"ms":[0-9.e+-]*[1-9]/ { bad = 1 }
-        /"limit: / && /"percent_of_limit":null/ { limits++ }
-        /"operation"/ && !/"limit: / && !/"percent_of_limit":[0-9.e+-]+,/ { bad = 1 }
-        /"training step"/ && /"tokens_per_s":[0-9]/ { steps++ }
-        END { exit bad || n < 40 || limits < 2 || steps != 1 }' out || { cat out >&2; fail "bench --precision $precision --json"; }
-done
-for what in ops memory train; do
-    "$CUPEL" bench $what $small >out 2>err || { cat err >&2; fail "bench $what"; }
-    has out "limit: copy, read and written"
-done
-has out "training step"
-! grep -q attention <(grep -v multiplications out) || fail "bench train measures operations too"
-ranks 2 "$CUPEL" bench train $small >out 2>err || { cat err >&2; fail "bench on 2 ranks"; }
-has out "all ranks"
-[ "$(grep -c 'training step' out)" = 1 ] || fail "bench of 2 ranks is printed more than once"

@@ -26,7 +26,7 @@ ends_with 1 "rank 1: text.txt: the corpus has"
 
 # Rank 2 of 3 may use less memory than its part of a large model takes, beside its libraries (those of CUDA alone are 0.8 GB of address
 # space). (The sanitizers need more than that.)
-if [[ -z ${CUPEL_SANITIZE:-} ]]; then
+if [[ -z ${CUPEL_SANITIZE:-} && ${CUPEL_DEVICE:-} != cuda ]]; then
     status=0
     limit=$((630000 + $(ldd "$CUPEL" | awk '$3 ~ /^\// { print $3 }' | xargs stat -Lc %s | awk '{ kib += $1 / 1024 } END { print int(kib) }')))
     big=(--quiet --out big --set teacher.width=768 --set teacher.heads=8 --set teacher.layers=8 --set teacher.precision=fp32)

@@ -26,11 +26,11 @@ static model model_create(cpl_dtype dt) {
     return x;
 }
 static void model_destroy(model *x) {
-    cpl_free(&x->param);
-    cpl_free(&x->m);
-    cpl_free(&x->v);
-    cpl_free(&x->work);
-    cpl_free(&x->mask);
+    test_release(&x->param);
+    test_release(&x->m);
+    test_release(&x->v);
+    test_release(&x->work);
+    test_release(&x->mask);
 }
 static void run(cpl_device *dev, cpl_dtype dt, model *x, bool masked, float decay, int steps) {
     for (int t = 0; t < steps; t++) {
@@ -38,7 +38,7 @@ static void run(cpl_device *dev, cpl_dtype dt, model *x, bool masked, float deca
         x->state.adam_step++;
         assert_ok(
             CPL_OPS(dev, adamw, dt, x->param, x->work, x->m, x->v, grad, masked ? x->mask : NULL, N, decay, &x->state, &rules));
-        cpl_free(&grad);
+        test_release(&grad);
     }
 }
 
@@ -46,11 +46,11 @@ static void run(cpl_device *dev, cpl_dtype dt, model *x, bool masked, float deca
 static double oracle(int i, bool masked, double decay, int steps) {
     float *start = test_normals(1, i + 1, 0.5f);
     double p = start[i], m = 0, v = 0, b1 = rules.beta1, b2 = rules.beta2;
-    cpl_free(&start);
+    test_release(&start);
     for (int t = 1; t <= steps; t++) {
         float *grad = test_normals(100 + (uint32_t)t - 1, i + 1, 4.0f);
         double g = grad[i] * 0.25;
-        cpl_free(&grad);
+        test_release(&grad);
         m = b1 * m + (1 - b1) * g;
         v = b2 * v + (1 - b2) * g * g;
         p -= (double)0.01f * (m / (1 - pow(b1, t)) / (sqrt(v / (1 - pow(b2, t))) + 1e-8) + decay * p);
@@ -125,9 +125,9 @@ static void test_masked_weights_and_moments_are_exactly_0(void **unused) {
 static void work_is_optional(cpl_device *dev) {
     model x = model_create(CPL_F32), y = model_create(CPL_F32), z = model_create(CPL_F32);
     run(dev, CPL_F32, &x, true, 0.1f, 2);
-    cpl_free(&y.work);
+    test_release(&y.work);
     run(dev, CPL_F32, &y, true, 0.1f, 2);
-    cpl_free(&z.work);
+    test_release(&z.work);
     z.work = z.param;
     run(dev, CPL_F32, &z, true, 0.1f, 2);
     z.work = NULL;
@@ -159,7 +159,7 @@ static void test_threads_and_position_do_not_show_in_the_bits(void **unused) {
             assert_ok(CPL_OPS(one, adamw, CPL_F16, z.param, z.work, z.m, z.v, grad, z.mask, 7, 0.1f, &z.state, &rules));
             assert_ok(CPL_OPS(one, adamw, CPL_F16, z.param + 7, (uint16_t *)z.work + 7, z.m + 7, z.v + 7, grad + 7, z.mask + 7,
                               N - 7, 0.1f, &z.state, &rules));
-            cpl_free(&grad);
+            test_release(&grad);
         }
         test_same_bits("threads, param", x.param, y.param, N * 4);
         test_same_bits("threads, v", x.v, y.v, N * 4);
@@ -181,5 +181,5 @@ int main(void) {
         cmocka_unit_test(test_working_copy_may_be_absent_apart_or_the_parameter),
         cmocka_unit_test(test_threads_and_position_do_not_show_in_the_bits),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -89,12 +89,12 @@ static void check_forward(cpl_dtype dt, shape s) {
             cpl_device_destroy(&dev);
         }
     }
-    cpl_free(&qkv);
-    cpl_free(&out);
-    cpl_free(&lse);
-    cpl_free(&r.qkv);
-    cpl_free(&r.out);
-    cpl_free(&r.lse);
+    test_release(&qkv);
+    test_release(&out);
+    test_release(&lse);
+    test_release(&r.qkv);
+    test_release(&r.out);
+    test_release(&r.lse);
 }
 
 static void test_attention_is_the_dense_causal_softmax(void **state) {
@@ -124,8 +124,8 @@ static void check_backward(cpl_dtype dt, shape s) {
     for (int64_t i = 0; i < s.B * s.H * s.T; i++) {
         lse[i] = (float)r.lse[i];
     }
-    cpl_free(&r.out);
-    cpl_free(&r.lse);
+    test_release(&r.out);
+    test_release(&r.lse);
     for (int64_t i = 0; i < samples; i++) {
         int64_t at = i * 3 * n / samples;
         r.h = at / s.D % s.H;
@@ -150,7 +150,7 @@ static void check_backward(cpl_dtype dt, shape s) {
     void *const all[] = {qkv, dout, out, lse, dqkv_at, want, dqkv, r.qkv, r.weight};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -177,10 +177,10 @@ static void future_tokens_change_nothing(cpl_device *dev) {
     assert_ok(dev->ops->attention_fwd(dev, CPL_F32, after, lse, qkv, s.B, s.T, s.H, s.D));
     test_same_bits("output of the past", before, after, (size_t)(cut * C) * sizeof *before);
     assert_memory_not_equal(before + cut * C, after + cut * C, (size_t)C * sizeof *before);
-    cpl_free(&qkv);
-    cpl_free(&lse);
-    cpl_free(&before);
-    cpl_free(&after);
+    test_release(&qkv);
+    test_release(&lse);
+    test_release(&before);
+    test_release(&after);
 }
 
 static void test_attention_of_the_past_does_not_see_the_future(void **state) {
@@ -198,11 +198,11 @@ static void large_scores_stay_finite(cpl_device *dev) {
     head(&r);
     assert_ok(dev->ops->attention_fwd(dev, CPL_F32, out, lse, qkv, 1, s.T, 1, s.D));
     test_close("attention with large scores", CPL_F32, out, r.out, n, 2e-2, 1e-3);
-    cpl_free(&qkv);
-    cpl_free(&out);
-    cpl_free(&lse);
-    cpl_free(&r.qkv);
-    cpl_free(&r.out);
+    test_release(&qkv);
+    test_release(&out);
+    test_release(&lse);
+    test_release(&r.qkv);
+    test_release(&r.out);
 }
 
 static void test_attention_of_large_scores_stays_finite(void **state) {
@@ -225,7 +225,7 @@ static void inf_and_nan_reach_the_output(cpl_device *dev) {
         for (int64_t i = 0; i < 5 * 4; i++) {
             assert_true(isfinite(out[i]));
         }
-        cpl_free(&qkv);
+        test_release(&qkv);
     }
 }
 
@@ -250,14 +250,14 @@ static void test_attention_bits_do_not_depend_on_threads(void **state) {
                 assert_ok(dev->ops->attention_bwd(dev, CPL_F32, all + n, qkv, all, lse, qkv, s.B, s.T, s.H, s.D));
             }
             results[k] = all;
-            cpl_free(&qkv);
+            test_release(&qkv);
             cpl_device_destroy(&dev);
         }
         size_t bytes = (size_t)(4 * n + s.B * s.H * s.T) * sizeof(float);
         test_same_bits("1 and 2 threads", results[0], results[1], bytes);
         test_same_bits("1 and 8 threads", results[0], results[2], bytes);
         for (int k = 0; k < 3; k++) {
-            cpl_free(&results[k]);
+            test_release(&results[k]);
         }
     }
 }
@@ -271,5 +271,5 @@ int main(void) {
         cmocka_unit_test(test_inf_and_nan_reach_the_output),
         cmocka_unit_test(test_attention_bits_do_not_depend_on_threads),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -26,6 +26,73 @@ static void test_auto_opens_a_device_with_every_operation(void **state) {
     assert_null(dev);
 }
 
+static void test_environment_says_what_auto_is(void **state) {
+    cpl_device *dev = NULL;
+    const char *outside = getenv("CUPEL_DEVICE");
+    char kept[16];
+    strncpy(kept, outside != NULL ? outside : "", sizeof kept - 1);
+    kept[sizeof kept - 1] = '\0';
+    setenv("CUPEL_DEVICE", "cpu", 1);
+    assert_ok(cpl_device_create(&dev, "auto", 0, 1));
+    assert_string_equal(dev->kind, "cpu");
+    cpl_device_destroy(&dev);
+    setenv("CUPEL_DEVICE", "abacus", 1);
+    assert_int_equal(cpl_device_create(&dev, "auto", 0, 1), CPL_USAGE);
+    assert_non_null(strstr(cpl_status_message(), "'abacus' (CUPEL_DEVICE)"));
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 1)); /* asked for by name, it is not looked at */
+    cpl_device_destroy(&dev);
+    if (outside != NULL) {
+        setenv("CUPEL_DEVICE", kept, 1);
+    } else {
+        unsetenv("CUPEL_DEVICE");
+    }
+}
+
+/* `recorded` and what it runs. */
+typedef struct {
+    cpl_device *dev;
+    float *x; /* device [N] */
+} recording;
+enum { N = 1 << 16 };
+static cpl_status recorded(void *context) {
+    recording *r = context;
+    return CPL_OPS(r->dev, add_f32, r->x, r->x + N, N);
+}
+
+static void test_profile_notes_each_operation_once_with_its_time(void **state) {
+    recording r = {0};
+    cpl_trace trace = {0};
+    cpl_graph *graph = NULL;
+    float host[4] = {1, 2, 3, 4};
+    assert_ok(cpl_device_create(&r.dev, "auto", 0, 1));
+    assert_ok(cpl_device_alloc(r.dev, &r.x, (size_t)2 * N, sizeof *r.x, "profile"));
+    assert_ok(recorded(&r));
+    r.dev->trace = &trace;
+    for (int i = 0; i < 700; i++) { /* more marks than anything else has */
+        assert_ok(CPL_OPS(r.dev, upload, r.x, host, sizeof host));
+        assert_ok(recorded(&r));
+    }
+    assert_int_equal(CPL_OPS(r.dev, select_histogram, NULL, NULL, r.x, 1, 0, 20, 12), CPL_INTERNAL); /* one that fails counts too */
+    assert_ok(cpl_device_record(r.dev, recorded, &r, &graph));
+    r.dev->trace = NULL;
+    assert_ok(recorded(&r));
+    assert_ok(cpl_trace_read(r.dev, &trace));
+    assert_int_equal(trace.count, 1401);
+    assert_string_equal(trace.op[0].op, "upload");
+    assert_string_equal(trace.op[1399].op, "add_f32");
+    assert_string_equal(trace.op[1400].op, "select_histogram");
+    assert_true(trace.op[0].at == 0);
+    for (int64_t i = 0; i < trace.count; i++) {
+        assert_true(trace.op[i].ms >= 0);
+        assert_true(i == 0 || trace.op[i].at >= trace.op[i - 1].at + trace.op[i - 1].ms - 1e-2);
+    }
+    assert_true(trace.op[1].ms > 0);
+    cpl_trace_free(&trace);
+    cpl_graph_destroy(r.dev, &graph);
+    cpl_device_free(r.dev, &r.x);
+    cpl_device_destroy(&r.dev);
+}
+
 static void test_instruction_set_that_is_not_there_is_refused(void **state) {
     cpl_device *dev = NULL;
     setenv("CUPEL_CPU", "v9", 1);
@@ -105,10 +172,12 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_unknown_back_end_is_wrong_usage),
         cmocka_unit_test(test_auto_opens_a_device_with_every_operation),
+        cmocka_unit_test(test_environment_says_what_auto_is),
+        cmocka_unit_test(test_profile_notes_each_operation_once_with_its_time),
         cmocka_unit_test(test_instruction_set_that_is_not_there_is_refused),
         cmocka_unit_test(test_memory_is_counted_zeroed_and_aligned),
         cmocka_unit_test(test_impossible_sizes_are_out_of_memory_by_name),
         cmocka_unit_test(test_description_names_instruction_set_library_and_threads),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -83,19 +83,22 @@ static void casts_are_the_scalar_definitions(cpl_device *dev) {
             assert_ok(dev->ops->cast_from_f32(dev, dt, h, x, n));
         }
         for (int64_t i = 0; i < N; i++) {
-            assert_int_equal(h[i], narrow(dt, x[i]));
+            bool loose = test_on_gpu() && isnan(x[i]); /* a GPU makes one NaN of all */
+            assert_true(loose ? isnan(widen(dt, h[i])) : h[i] == narrow(dt, x[i]));
         }
         for (int64_t i = 0; i < 65536; i++) {
             h[i] = (uint16_t)i;
         }
         assert_ok(dev->ops->cast_to_f32(dev, dt, back, h, 65536));
         for (int64_t i = 0; i < 65536; i++) {
-            assert_int_equal(cpl_f32_bits(back[i]), cpl_f32_bits(widen(dt, (uint16_t)i)));
+            float want = widen(dt, (uint16_t)i);
+            bool loose = test_on_gpu() && isnan(want);
+            assert_true(loose ? isnan(back[i]) : cpl_f32_bits(back[i]) == cpl_f32_bits(want));
         }
     }
-    cpl_free(&x);
-    cpl_free(&h);
-    cpl_free(&back);
+    test_release(&x);
+    test_release(&h);
+    test_release(&back);
 }
 
 static void test_every_variant_casts_by_the_scalar_definitions(void **state) {
@@ -147,5 +150,5 @@ int main(void) {
         cmocka_unit_test(test_elementary_functions_are_within_two_ulps),
         cmocka_unit_test(test_elementary_functions_at_the_ends),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -21,9 +21,9 @@ static void gelu_is_the_tanh_form(cpl_device *dev) {
         /* far left, 1 + tanh cancels in f32 forms; the gate form keeps its relative accuracy there but for the error of its
          * exponent */
         test_close("gelu", dt, y, exact, N, dt == CPL_F16 ? 0x1p-24 : 1e-9, 1.01 * test_roundoff(dt) + 4e-6);
-        cpl_free(&x);
-        cpl_free(&y);
-        cpl_free(&exact);
+        test_release(&x);
+        test_release(&y);
+        test_release(&exact);
     }
 }
 
@@ -61,12 +61,12 @@ static void gelu_is_what_linear_makes(cpl_device *dev) {
         memset(y, 0, (size_t)(R * N) * size);
         assert_ok(dev->ops->linear_fwd(dev, dt, y, NULL, x, w, bias, CPL_ACT_GELU, R, N, K));
         test_same_bits("linear without pre", y, again, (size_t)(R * N) * size);
-        cpl_free(&x);
-        cpl_free(&w);
-        cpl_free(&bias);
-        cpl_free(&y);
-        cpl_free(&pre);
-        cpl_free(&again);
+        test_release(&x);
+        test_release(&w);
+        test_release(&bias);
+        test_release(&y);
+        test_release(&pre);
+        test_release(&again);
     }
 }
 
@@ -86,9 +86,9 @@ static void gelu_is_the_same_anywhere(cpl_device *dev) {
         assert_ok(dev->ops->gelu_fwd(dev, CPL_F32, part, x + shift, n));
         test_same_bits("gelu of a part", part, whole + shift, (size_t)n * sizeof *part);
     }
-    cpl_free(&x);
-    cpl_free(&whole);
-    cpl_free(&part);
+    test_release(&x);
+    test_release(&whole);
+    test_release(&part);
 }
 
 static void test_gelu_has_the_same_bits_at_any_position(void **state) {
@@ -102,5 +102,5 @@ int main(void) {
         cmocka_unit_test(test_gelu_is_what_linear_makes_of_the_same_value),
         cmocka_unit_test(test_gelu_has_the_same_bits_at_any_position),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -39,7 +39,7 @@ static void finds_each(cpl_device *dev) {
             x[places[k]] = kept;
         }
     }
-    cpl_free(&x);
+    test_release(&x);
 }
 static void test_any_bad_value_is_found_in_its_tensor(void **unused) {
     (void)unused;
@@ -60,7 +60,7 @@ static void both_kinds(cpl_device *dev) {
     any = 0;
     assert_ok(CPL_OPS(dev, grad_scan, kinds, &any, NULL, x, begin, 0));
     assert_int_equal(any, 0);
-    cpl_free(&x);
+    test_release(&x);
 }
 static void test_kinds_of_a_tensor_add_up_and_the_flag_stays_raised(void **unused) {
     (void)unused;
@@ -88,7 +88,7 @@ static void squares(cpl_device *dev) {
     x[9000] = NAN;
     assert_ok(CPL_OPS(dev, sum_squares, sums, x, N));
     assert_true(sums[1] > 8.9e76 && isfinite(sums[1]) && isnan(sums[2]));
-    cpl_free(&x);
+    test_release(&x);
 }
 static void test_sums_of_squares_are_per_chunk_in_f64(void **unused) {
     (void)unused;
@@ -126,7 +126,7 @@ static void counts_exponents(cpl_device *dev) {
     most = 0;
     assert_ok(CPL_OPS(dev, exponents, counts, &most, x, N, 0.25f));
     assert_true(most == 16376);
-    cpl_free(&x);
+    test_release(&x);
 }
 static void test_exponents_are_counted_and_the_largest_finite_value_is_kept(void **unused) {
     (void)unused;
@@ -147,7 +147,7 @@ static void test_sums_have_the_same_bits_on_every_instruction_set_and_thread_cou
             }
         }
     }
-    cpl_free(&x);
+    test_release(&x);
 }
 
 int main(void) {
@@ -158,5 +158,5 @@ int main(void) {
         cmocka_unit_test(test_exponents_are_counted_and_the_largest_finite_value_is_kept),
         cmocka_unit_test(test_sums_have_the_same_bits_on_every_instruction_set_and_thread_count),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

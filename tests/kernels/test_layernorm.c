@@ -87,7 +87,7 @@ static void check_forward(cpl_device *dev, cpl_dtype dt, shape s) {
     void *const all[] = {x, delta, g, b, sum, y, mean, rstd, want, stats, r.x, r.g, r.b, x64, delta64};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -151,10 +151,11 @@ static void check_backward(cpl_device *dev, cpl_dtype dt, shape s) {
     memset(dg, 0, (size_t)s.C * sizeof *dg);
     assert_ok(dev->ops->layernorm_bwd(dev, dt, dres, dg, db, NULL, dy, dres, x, mean, rstd, g, s.R, s.C));
     test_same_bits("dx in dres", dres, dx, (size_t)n * size);
-    void *const all[] = {x, g, dy, dres, dx, r.x, r.g, r.b, r.weight, dres64, mean, rstd, dg, db, dbias, want_dg, want_db, want_dbias, want};
+    void *const all[] = {x,    g,    dy, dres, dx,    r.x,     r.g,     r.b,        r.weight, dres64,
+                         mean, rstd, dg, db,   dbias, want_dg, want_db, want_dbias, want};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -183,19 +184,19 @@ static void test_layernorm_bits_do_not_depend_on_threads(void **state) {
             float *grads = mean + 2 * R;
             if (dev != NULL) {
                 assert_ok(dev->ops->layernorm_fwd(dev, CPL_F32, all, all + N, mean, mean + R, x, x, gb, gb + C, R, C));
-                assert_ok(dev->ops->layernorm_bwd(dev, CPL_F32, all + 2 * N, grads, grads + C, grads + 2 * C, all + N, x, all, mean, mean + R, gb,
-                                                  R, C));
+                assert_ok(dev->ops->layernorm_bwd(dev, CPL_F32, all + 2 * N, grads, grads + C, grads + 2 * C, all + N, x, all, mean,
+                                                  mean + R, gb, R, C));
             }
             results[threads - 1] = all;
-            cpl_free(&x);
-            cpl_free(&gb);
+            test_release(&x);
+            test_release(&gb);
             cpl_device_destroy(&dev);
         }
         size_t bytes = (3 * N + 2 * R + 3 * C) * sizeof(float);
         test_same_bits("1 and 2 threads", results[0], results[1], bytes);
         test_same_bits("1 and 3 threads", results[0], results[2], bytes);
         for (int k = 0; k < 3; k++) {
-            cpl_free(&results[k]);
+            test_release(&results[k]);
         }
     }
 }
@@ -206,5 +207,5 @@ int main(void) {
         cmocka_unit_test(test_layernorm_gradient_is_the_numerical_derivative),
         cmocka_unit_test(test_layernorm_bits_do_not_depend_on_threads),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -18,7 +18,7 @@ static double gelu(double x) {
 static void release(void *const *all, size_t n) {
     for (size_t i = 0; i < n; i++) {
         void *one = all[i];
-        cpl_free(&one);
+        test_release(&one);
     }
 }
 
@@ -130,13 +130,16 @@ static void check_input_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
         for (int64_t i = 0; i < n; i++) {
             want_dbias[i % s.K] += want[i];
         }
+        /* on a GPU the derivative of GELU in 16 bits may come from a tanh of 11 bits: 2^-11, of sums of N
+         * products */
+        double coarse = r.gelu && dt != CPL_F32 && test_on_gpu() ? 0x1p-9 * sqrt((double)s.N) : 0;
         assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, dbias, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
         test_close("column sums of the input gradient", CPL_F32, dbias, want_dbias, s.K,
-                   (2e-6 * (double)(s.N + 10) + 2 * test_roundoff(dt)) * (double)s.R, 1e-6);
+                   (2e-6 * (double)(s.N + 10) + 2 * test_roundoff(dt) + coarse) * (double)s.R, 1e-6);
         cpl_free(&dbias);
         cpl_free(&want_dbias);
         assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, NULL, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
-        test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10),
+        test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10) + coarse,
                    1.01 * test_roundoff(dt) + 2e-6);
     }
     void *const all[] = {pre, w, dy, dx, want, r.pre, r.w, r.weight, r.bias};
@@ -167,7 +170,11 @@ static void check_weight_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
     test_close("weight gradient", CPL_F32, dw, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
     test_close("bias gradient", CPL_F32, db, want_db, s.N, 1e-6 * (double)(s.R + 10), 1e-6);
     assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K, false));
-    test_same_bits("weight gradient without a bias", dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
+    if (test_on_gpu()) { /* the product that sums the bias's gradient too may be another one */
+        test_close("weight gradient without a bias", CPL_F32, dw_alone, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
+    } else {
+        test_same_bits("weight gradient without a bias", dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
+    }
     /* what was there, nan even, is gone; from zero the sum is the same */
     memset(dw, 0xff, (size_t)(s.N * s.K) * sizeof *dw);
     memset(dw_alone, 0, (size_t)(s.N * s.K) * sizeof *dw);
@@ -203,8 +210,8 @@ static void test_linear_bits_do_not_depend_on_threads(void **state) {
             for (size_t k = 0; k < sizeof large / sizeof large[0]; k++) {
                 shape s = large[k];
                 size_t size = cpl_dtype_size(dt);
-                size_t parts[5] = {(size_t)(s.R * s.N) * size, (size_t)(s.R * s.K) * size, (size_t)(s.N * s.K) * 4,
-                                   (size_t)s.N * 4, (size_t)s.K * 4};
+                size_t parts[5] = {(size_t)(s.R * s.N) * size, (size_t)(s.R * s.K) * size, (size_t)(s.N * s.K) * 4, (size_t)s.N * 4,
+                                   (size_t)s.K * 4};
                 void *x = test_act(dt, 41, s.R * s.K, 1.0f, NULL);
                 void *w = test_act(dt, 42, s.N * s.K, 0.1f, NULL);
                 void *bias = test_act(dt, 43, s.N, 1.0f, NULL);
@@ -226,12 +233,12 @@ static void test_linear_bits_do_not_depend_on_threads(void **state) {
                     test_same_bits("1 and 2 threads", results[0][p], results[1][p], parts[p]);
                     test_same_bits("1 and 3 threads", results[0][p], results[2][p], parts[p]);
                     for (int t = 0; t < 3; t++) {
-                        cpl_free(&results[t][p]);
+                        test_release(&results[t][p]);
                     }
                 }
-                cpl_free(&x);
-                cpl_free(&w);
-                cpl_free(&bias);
+                test_release(&x);
+                test_release(&w);
+                test_release(&bias);
             }
         }
     }
@@ -257,5 +264,5 @@ int main(void) {
         cmocka_unit_test(test_linear_bits_do_not_depend_on_threads),
         cmocka_unit_test(test_fp16_overflow_and_nan_reach_the_output),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -9,31 +9,39 @@ enum { N = 600011 };
 static const cpl_dtype types[] = {CPL_F32, CPL_BF16, CPL_F16};
 
 static void copies(cpl_device *dev) {
-    unsigned char *x = test_array(N + 64, 1), *y = test_array(N + 64, 1), *z = test_array(N + 64, 1);
-    for (int i = 0; i < N + 64; i++) {
+    enum { ROOM = N + 64 };
+    unsigned char *x = test_array(ROOM, 1), *seen = test_array(ROOM, 1), *filled = test_array(ROOM, 1), *y = NULL, *z = NULL;
+    for (int i = 0; i < ROOM; i++) {
         x[i] = (unsigned char)(i * 31 + i / 253);
-        y[i] = z[i] = 0xee;
+        filled[i] = 0xee;
     }
+    assert_ok(cpl_device_alloc(dev, &y, ROOM, 1, "copies"));
+    assert_ok(cpl_device_alloc(dev, &z, ROOM, 1, "copies"));
+    assert_ok(CPL_OPS(dev, upload, z, filled, ROOM));
     assert_ok(CPL_OPS(dev, upload, y + 3, x + 1, N));
     assert_ok(CPL_OPS(dev, copy, z + 5, y + 3, N));
-    assert_memory_equal(z + 5, x + 1, N);
-    assert_int_equal(z[4], 0xee);
-    assert_int_equal(z[N + 5], 0xee);
-    memset(y, 0, N + 64);
-    assert_ok(CPL_OPS(dev, download, y, z + 5, N));
-    assert_memory_equal(y, x + 1, N);
+    assert_ok(CPL_OPS(dev, download, seen, z, ROOM));
+    assert_memory_equal(seen + 5, x + 1, N);
+    assert_int_equal(seen[4], 0xee);
+    assert_int_equal(seen[N + 5], 0xee);
     assert_ok(CPL_OPS(dev, zero, z + 6, N - 2));
-    assert_int_equal(z[5], x[1]);
-    assert_int_equal(z[N + 4], x[N]);
-    for (int i = 6; i < N + 4; i++) {
-        assert_int_equal(z[i], 0);
+    memset(seen, 0xdd, ROOM);
+    assert_ok(CPL_OPS(dev, download, seen + 7, z + 5, N));
+    assert_int_equal(seen[6], 0xdd);
+    assert_int_equal(seen[7 + N], 0xdd);
+    assert_int_equal(seen[7], x[1]);
+    assert_int_equal(seen[7 + N - 1], x[N]);
+    for (int i = 8; i < 7 + N - 1; i++) {
+        assert_int_equal(seen[i], 0);
     }
     assert_ok(CPL_OPS(dev, zero, z, 0));
-    assert_ok(CPL_OPS(dev, copy, z, x, 0));
+    assert_ok(CPL_OPS(dev, copy, z, y, 0));
     assert_ok(dev->ops->synchronize(dev));
-    cpl_free(&x);
-    cpl_free(&y);
-    cpl_free(&z);
+    cpl_device_free(dev, &y);
+    cpl_device_free(dev, &z);
+    test_release(&x);
+    test_release(&seen);
+    test_release(&filled);
 }
 static void test_copies_move_all_bytes_and_no_others(void **unused) {
     (void)unused;
@@ -62,9 +70,9 @@ static void widens(cpl_device *dev) {
             assert_true(isnan(want) ? (back[i] & 0x7fff) > (top << fraction_bits) : back[i] == h[i]);
         }
     }
-    cpl_free(&h);
-    cpl_free(&back);
-    cpl_free(&y);
+    test_release(&h);
+    test_release(&back);
+    test_release(&y);
 }
 static void test_every_16_bit_value_widens_exactly_and_comes_back(void **unused) {
     (void)unused;
@@ -105,8 +113,8 @@ static void rounds(cpl_device *dev) {
             }
         }
     }
-    cpl_free(&x);
-    cpl_free(&h);
+    test_release(&x);
+    test_release(&h);
 }
 static void test_rounding_is_to_nearest_even_and_overflows_to_inf(void **unused) {
     (void)unused;
@@ -129,9 +137,9 @@ static void adds(cpl_device *dev) {
     assert_true(fabs(sum - (5 + (double)x[0] + x[1] + x[2])) < 1e-14);
     assert_ok(CPL_OPS(dev, cast_from_f32, CPL_F32, y, x, N));
     test_same_bits("f32 to f32", x, y, N * 4);
-    cpl_free(&x);
-    cpl_free(&y);
-    cpl_free(&kept);
+    test_release(&x);
+    test_release(&y);
+    test_release(&kept);
 }
 static void test_addition_is_exact_and_sums_are_in_f64(void **unused) {
     (void)unused;
@@ -162,10 +170,10 @@ static void test_sum_and_casts_do_not_depend_on_threads_or_instruction_set(void 
         }
     }
     for (int t = 0; t < 3; t++) {
-        cpl_free(&stored[t]);
+        test_release(&stored[t]);
     }
-    cpl_free(&again);
-    cpl_free(&x);
+    test_release(&again);
+    test_release(&x);
 }
 
 int main(void) {
@@ -176,5 +184,5 @@ int main(void) {
         cmocka_unit_test(test_addition_is_exact_and_sums_are_in_f64),
         cmocka_unit_test(test_sum_and_casts_do_not_depend_on_threads_or_instruction_set),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -33,12 +33,12 @@ static void loss_and_gradient(cpl_device *dev) {
         assert_true(fabs(twice - (sum - 3)) < 1e-12);
         assert_ok(CPL_OPS(dev, mse, dt, &twice, NULL, a, a, NULL, (float)coefficient, N));
         assert_true(fabs(twice - (sum - 3)) < 1e-12); /* a against itself: nothing added */
-        cpl_free(&a64);
-        cpl_free(&b64);
-        cpl_free(&grad64);
-        cpl_free(&a);
-        cpl_free(&b);
-        cpl_free(&grad);
+        test_release(&a64);
+        test_release(&b64);
+        test_release(&grad64);
+        test_release(&a);
+        test_release(&b);
+        test_release(&grad);
     }
 }
 static void test_loss_and_gradient_agree_with_f64(void **unused) {
@@ -62,11 +62,11 @@ static void differences(cpl_device *dev) {
         double want = test_derivative(loss_at, NULL, &point_a[i], 1e-4);
         test_close("grad", CPL_F32, &grad[i], &want, 1, 1e-7, 1e-6);
     }
-    cpl_free(&a);
-    cpl_free(&b);
-    cpl_free(&grad);
-    cpl_free(&point_a);
-    cpl_free(&point_b);
+    test_release(&a);
+    test_release(&b);
+    test_release(&grad);
+    test_release(&point_a);
+    test_release(&point_b);
 }
 static void test_gradient_agrees_with_finite_differences(void **unused) {
     (void)unused;
@@ -89,8 +89,8 @@ static void test_sum_has_the_same_bits_on_every_thread_count_and_instruction_set
             }
         }
     }
-    cpl_free(&a);
-    cpl_free(&b);
+    test_release(&a);
+    test_release(&b);
 }
 
 int main(void) {
@@ -99,5 +99,5 @@ int main(void) {
         cmocka_unit_test(test_gradient_agrees_with_finite_differences),
         cmocka_unit_test(test_sum_has_the_same_bits_on_every_thread_count_and_instruction_set),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

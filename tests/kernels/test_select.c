@@ -31,7 +31,7 @@ static int64_t *sorted_order(const float *w, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         order[i] = sorted[i].index;
     }
-    cpl_free(&sorted);
+    test_release(&sorted);
     return order;
 }
 static void oracle(uint8_t *mask, const int64_t *order, int64_t n, int64_t k) {
@@ -55,7 +55,7 @@ static uint32_t threshold_of(cpl_device *dev, const float *w, int64_t n, int64_t
         }
         prefix = prefix << widths[p] | bin;
         taken += widths[p];
-        cpl_free(&counts);
+        test_release(&counts);
     }
     assert_int_equal(taken, 31);
     *ties_removed = k - below;
@@ -73,8 +73,8 @@ static void check(cpl_device *dev, const float *w, const int64_t *order, int64_t
     assert_int_equal(ties, 0);
     oracle(want, order, n, k);
     test_same_bits("mask", mask, want, (size_t)n);
-    cpl_free(&mask);
-    cpl_free(&want);
+    test_release(&mask);
+    test_release(&want);
 }
 
 static void check_all_k(cpl_device *dev, const float *w) {
@@ -84,7 +84,7 @@ static void check_all_k(cpl_device *dev, const float *w) {
         check(dev, w, order, N, ks[i], i % 2 ? three_passes : two_passes);
     }
     check(dev, w, order, N, 12345, many_passes);
-    cpl_free(&order);
+    test_release(&order);
 }
 
 static void distinct(cpl_device *dev) {
@@ -92,7 +92,7 @@ static void distinct(cpl_device *dev) {
     check_all_k(dev, w);
     const int64_t first = 0;
     check(dev, w, &first, 1, 1, two_passes);
-    cpl_free(&w);
+    test_release(&w);
 }
 static void test_mask_removes_exactly_the_k_smallest(void **unused) {
     (void)unused;
@@ -112,7 +112,7 @@ static void ties(cpl_device *dev) {
         w[i] = (float)(r[0] % 4) * 0.25f * (r[1] % 2 ? 1.0f : -1.0f);
     }
     check_all_k(dev, w);
-    cpl_free(&w);
+    test_release(&w);
 }
 static void test_massive_ties_go_by_index_and_both_zeros_are_equal(void **unused) {
     (void)unused;
@@ -131,7 +131,7 @@ static void extremes(cpl_device *dev) {
         w[i] = 3.402823466e38f;
     }
     check_all_k(dev, w);
-    cpl_free(&w);
+    test_release(&w);
 }
 static void test_subnormal_huge_and_infinite_weights_keep_their_order(void **unused) {
     (void)unused;
@@ -157,7 +157,7 @@ static void histogram(cpl_device *dev) {
     assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, 0, prefix, 8, 5));
     assert_memory_equal(counts, want, sizeof want);
     assert_int_equal(CPL_OPS(dev, select_histogram, counts, &nans, w, N, 0, 20, 12), CPL_INTERNAL);
-    cpl_free(&w);
+    test_release(&w);
 }
 static void test_histogram_adds_the_bins_below_its_prefix_and_counts_nans(void **unused) {
     (void)unused;
@@ -178,14 +178,14 @@ static void shards(cpl_device *dev) {
     }
     int64_t *order = sorted_order(w, N);
     oracle(want, order, N, k);
-    cpl_free(&order);
+    test_release(&order);
     test_same_bits("sharded mask", mask, want, N);
     int64_t many = 10;
     assert_ok(CPL_OPS(dev, select_mask, mask, w, 4, 0x3f000000, &many)); /* 0 -.5 -1 0: one tie */
     assert_int_equal(many, 9);
-    cpl_free(&w);
-    cpl_free(&mask);
-    cpl_free(&want);
+    test_release(&w);
+    test_release(&mask);
+    test_release(&want);
 }
 static void test_ties_left_carry_over_from_shard_to_shard(void **unused) {
     (void)unused;
@@ -207,8 +207,8 @@ static void many_ties(cpl_device *dev) {
             }
         }
     }
-    cpl_free(&w);
-    cpl_free(&mask);
+    test_release(&w);
+    test_release(&mask);
 }
 static void test_millions_of_equal_weights_go_from_the_first_on(void **unused) {
     (void)unused;
@@ -225,9 +225,9 @@ static void applies(cpl_device *dev) {
     }
     assert_ok(CPL_OPS(dev, apply_mask, x, mask, N));
     test_same_bits("masked", x, want, N * sizeof *x);
-    cpl_free(&x);
-    cpl_free(&want);
-    cpl_free(&mask);
+    test_release(&x);
+    test_release(&want);
+    test_release(&mask);
 }
 static void test_apply_mask_makes_plain_zeros_even_of_nan(void **unused) {
     (void)unused;
@@ -244,5 +244,5 @@ int main(void) {
         cmocka_unit_test(test_millions_of_equal_weights_go_from_the_first_on),
         cmocka_unit_test(test_apply_mask_makes_plain_zeros_even_of_nan),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

@@ -272,5 +272,5 @@ int main(void) {
         cmocka_unit_test(test_norm_and_factor_are_of_the_unscaled_average),
         cmocka_unit_test(test_random_sequences_follow_the_model),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

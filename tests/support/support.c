@@ -11,6 +11,12 @@ const char *const test_isas[] = {"base", "v3", "v4", NULL};
 
 cpl_device *test_device(const char *isa, int threads) {
     cpl_device *dev = NULL;
+    if (test_on_gpu()) {
+        if (strcmp(isa, test_isas[0]) == 0) {
+            assert_ok(cpl_device_create(&dev, "cuda", 0, threads));
+        }
+        return dev;
+    }
     const char *outside = getenv("CUPEL_CPU");
     char kept[16];
     snprintf(kept, sizeof kept, "%s", outside != NULL ? outside : "");
@@ -29,6 +35,12 @@ cpl_device *test_device(const char *isa, int threads) {
 
 void test_on_devices(void (*body)(cpl_device *dev)) {
     int found = 0;
+    if (test_on_gpu()) {
+        cpl_device *dev = test_device(test_isas[0], 1);
+        body(dev);
+        cpl_device_destroy(&dev);
+        return;
+    }
     for (int i = 0; test_isas[i] != NULL; i++) {
         for (int threads = 1; threads <= 2; threads++) {
             cpl_device *dev = test_device(test_isas[i], threads);
@@ -40,12 +52,6 @@ void test_on_devices(void (*body)(cpl_device *dev)) {
         }
     }
     assert_true(found >= 2);
-}
-
-void *test_array(int64_t n, size_t size) {
-    void *out = NULL;
-    assert_ok(cpl_alloc(&out, n > 0 ? (size_t)n : 1, size, "test array"));
-    return out;
 }
 
 float *test_normals(uint32_t stream, int64_t n, float scale) {
@@ -62,7 +68,7 @@ void *test_act(cpl_dtype dt, uint32_t stream, int64_t n, float scale, double **e
     for (int64_t i = 0; i < n; i++) {
         cpl_act_set(dt, y, i, x[i]);
     }
-    cpl_free(&x);
+    test_release(&x);
     if (exact != NULL) {
         *exact = test_widen(dt, y, n);
     }
@@ -85,6 +91,10 @@ double test_roundoff(cpl_dtype dt) {
 void test_close(const char *what, cpl_dtype dt, const void *got, const double *want, int64_t n, double absolute, double relative) {
     int64_t worst = -1;
     double worst_excess = 0;
+    if (test_on_gpu() && (absolute > 0 || relative > 0)) {
+        absolute = test_slack(absolute);
+        relative += 256 * 0x1p-24;
+    }
     for (int64_t i = 0; i < n; i++) {
         double g = cpl_act_get(dt, got, i);
         if (g == want[i] || (isnan(g) && isnan(want[i]))) {

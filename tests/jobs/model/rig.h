@@ -46,7 +46,7 @@ typedef struct {
 
 static inline cpl_device *rig_device(int threads) {
     cpl_device *dev = NULL;
-    assert_ok(cpl_device_create(&dev, "cpu", 0, threads));
+    assert_ok(cpl_device_create(&dev, test_on_gpu() ? "cuda" : "cpu", 0, threads));
     return dev;
 }
 
@@ -88,8 +88,8 @@ static inline void rig_put_batch(rig *r, uint32_t number, bool ignored) {
     }
     assert_ok(CPL_OPS(r->dev, upload, r->tokens, tokens, (size_t)r->R * sizeof *tokens));
     assert_ok(CPL_OPS(r->dev, upload, r->targets, targets, (size_t)r->R * sizeof *targets));
-    cpl_free(&tokens);
-    cpl_free(&targets);
+    test_release(&tokens);
+    test_release(&targets);
 }
 
 /* l: becomes the rig's own. */
@@ -122,7 +122,7 @@ static inline void rig_create(rig *r, cpl_device *dev, cpl_model_shape shape, cp
 static inline void rig_destroy(rig *r) {
     cpl_workspace_destroy(&r->ws);
     cpl_layout_destroy(&r->l);
-    cpl_free(&r->values);
+    test_release(&r->values);
     cpl_device_free(r->dev, &r->weights);
     cpl_device_free(r->dev, &r->staging);
     cpl_device_free(r->dev, &r->grad);
@@ -157,7 +157,7 @@ static inline double rig_mean(rig *r, const float *losses) {
     for (int64_t i = 0; i < r->R; i++) {
         sum += rows[i];
     }
-    cpl_free(&rows);
+    test_release(&rows);
     return sum / (double)r->valid;
 }
 

@@ -181,7 +181,7 @@ static void test_initialize_has_the_stated_moments_and_zero_gaps(void **state) {
             assert_true(fabs(square / (std * std) - 1.0) < 5.0 * sqrt(2.0 / (double)n));
         }
     }
-    cpl_free(&v);
+    test_release(&v);
     cpl_layout_destroy(&l);
 }
 
@@ -201,9 +201,9 @@ static void test_initialize_depends_on_seed_tensor_and_index_alone(void **state)
         assert_int_equal(memcmp(x + p->offset, y + q->offset, bytes) == 0, !scaled);
         assert_int_equal(memcmp(x + p->offset, z + p->offset, bytes) == 0, p->one_d);
     }
-    cpl_free(&x);
-    cpl_free(&y);
-    cpl_free(&z);
+    test_release(&x);
+    test_release(&y);
+    test_release(&z);
     cpl_layout_destroy(&a);
     cpl_layout_destroy(&b);
 }
@@ -297,5 +297,5 @@ int main(void) {
         cmocka_unit_test(test_workspace_logits_take_64_mebibytes_or_as_much_as_a_block),
         cmocka_unit_test(test_workspace_sizes_that_overflow_are_refused),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_main(tests, NULL, NULL);
 }

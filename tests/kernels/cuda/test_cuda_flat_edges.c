@@ -56,7 +56,8 @@ static void test_unaligned_buffers(void **state) {
             assert_ok(CPL_OPS(test_on[d], select_mask, m, a, N, 0x3f000000, word + 1));
             assert_ok(CPL_OPS(test_on[d], apply_mask, b, m, N));
             assert_ok(CPL_OPS(test_on[d], exponents, counts.on[d], (float *)(word + 2), a, N, 2.0f));
-            assert_ok(CPL_OPS(test_on[d], grad_scan, (uint32_t *)(word + 3), (uint32_t *)(word + 4), NULL, a - 1, begin, BEGIN - 1));
+            assert_ok(
+                CPL_OPS(test_on[d], grad_scan, (uint32_t *)(word + 3), (uint32_t *)(word + 4), NULL, a - 1, begin, BEGIN - 1));
             assert_ok(CPL_OPS(test_on[d], sum_f32, sum.on[d], a, N));
         }
         test_twin_same("sum", &y);

@@ -57,8 +57,8 @@ static void check_backward(cpl_dtype dt, shape s) {
     for (int with_pre = 0; with_pre < 2; with_pre++) {
         test_twin dx = test_twin_new((size_t)(s.R * s.K) * size), dbias = test_twin_act(CPL_F32, 10, s.K, 1.0f);
         for (int d = 0; d < 2; d++) {
-            assert_ok(
-                CPL_OPS(test_on[d], linear_bwd_input, dt, dx.on[d], dbias.on[d], dy.on[d], w.on[d], with_pre ? pre.on[d] : NULL, s.R, s.N, s.K));
+            assert_ok(CPL_OPS(test_on[d], linear_bwd_input, dt, dx.on[d], dbias.on[d], dy.on[d], w.on[d],
+                              with_pre ? pre.on[d] : NULL, s.R, s.N, s.K));
         }
         test_twin_close("dx", dt, &dx, s.R * s.K, 2 * tolerance(dt, s.N, 1.0), 4 * test_roundoff(dt));
         test_twin_close("dbias", CPL_F32, &dbias, s.K, 2 * tolerance(dt, s.N, 1.0) * (double)s.R, 4 * test_roundoff(dt));
@@ -68,8 +68,7 @@ static void check_backward(cpl_dtype dt, shape s) {
     test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K, 1.0f), db = test_twin_act(CPL_F32, 9, s.N, 1.0f);
     for (int times = 0; times < 3; times++) { /* overwrites, then accumulates */
         for (int d = 0; d < 2; d++) {
-            assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, dw.on[d], db.on[d], dy.on[d], x.on[d], s.R, s.N, s.K,
-                              times == 0));
+            assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, dw.on[d], db.on[d], dy.on[d], x.on[d], s.R, s.N, s.K, times == 0));
         }
     }
     test_twin_close("dw", CPL_F32, &dw, s.N * s.K, tolerance(CPL_F32, 3 * s.R + 1, 2.0), 0);
@@ -136,7 +135,8 @@ static void test_the_same_bits_twice(void **state) {
 /* Whatever is faster here: the kernel itself, over tiles that end inside the matrix, few and many of them. */
 static void check_own(cpl_dtype dt, shape s) {
     size_t size = cpl_dtype_size(dt), bytes = (size_t)(s.R * s.N) * size;
-    test_twin x = test_twin_act(dt, 1, s.R * s.K, 1.0f), w = test_twin_act(dt, 2, s.N * s.K, 0.5f), bias = test_twin_act(dt, 3, s.N, 1.0f);
+    test_twin x = test_twin_act(dt, 1, s.R * s.K, 1.0f), w = test_twin_act(dt, 2, s.N * s.K, 0.5f),
+              bias = test_twin_act(dt, 3, s.N, 1.0f);
     test_twin y = test_twin_new(bytes), pre = test_twin_new(bytes), alone = test_twin_new(bytes), again = test_twin_new(bytes);
     double most = tolerance(dt, s.K + 1, 1.0);
     assert_ok(CPL_OPS(test_on[0], linear_fwd, dt, y.on[0], pre.on[0], x.on[0], w.on[0], bias.on[0], CPL_ACT_GELU, s.R, s.N, s.K));
@@ -154,8 +154,8 @@ static void check_own(cpl_dtype dt, shape s) {
     assert_ok(CPL_OPS(test_on[0], linear_bwd_input, dt, dx.on[0], dbias.on[0], x.on[0], back.on[0], y.on[0], s.R, s.K, s.N));
     assert_ok(CPL_OPS(test_on[1], upload, y.on[1], y.on[0], bytes));
     for (int times = 0; times < 2; times++) {
-        assert_ok(cpl_cuda_product_gelu_bwd(test_on[1], dt, dx.on[1], times ? twice.on[1] : dbias.on[1], x.on[1], back.on[1], y.on[1], s.R,
-                                            s.K, s.N));
+        assert_ok(cpl_cuda_product_gelu_bwd(test_on[1], dt, dx.on[1], times ? twice.on[1] : dbias.on[1], x.on[1], back.on[1],
+                                            y.on[1], s.R, s.K, s.N));
     }
     test_twin_close("own dx", dt, &dx, s.R * s.N, 2 * tolerance(dt, s.K, 1.0), 4 * test_roundoff(dt));
     test_twin_close("own dbias", CPL_F32, &dbias, s.N, 2 * tolerance(dt, s.K, 1.0) * (double)s.R, 4 * test_roundoff(dt));
@@ -172,7 +172,8 @@ static void check_own(cpl_dtype dt, shape s) {
 }
 
 static void test_our_products_around_gelu(void **state) {
-    static const shape own[] = {{1, 8, 8}, {128, 128, 64}, {130, 136, 72}, {300, 520, 200}, {1000, 264, 1032}, {5000, 768, 256}, {2048, 3072, 768}};
+    static const shape own[] = {{1, 8, 8},         {128, 128, 64},   {130, 136, 72},   {300, 520, 200},
+                                {1000, 264, 1032}, {5000, 768, 256}, {2048, 3072, 768}};
     for (int t = 1; t < TYPES; t++) {
         for (size_t i = 0; i < sizeof own / sizeof own[0]; i++) {
             if (cpl_cuda_product_gelu_usable(test_on[1], types[t], own[i].R, own[i].N, own[i].K, NULL, NULL, NULL, NULL)) {

@@ -74,8 +74,8 @@ static void check_layernorm(cpl_dtype dt, int64_t R, int64_t C, bool fused) {
     for (int d = 0; d < 2; d++) {
         assert_ok(CPL_OPS(test_on[d], layernorm_fwd, dt, sum.on[d], y.on[d], mean.on[d], rstd.on[d], x.on[d],
                           fused ? delta.on[d] : NULL, g.on[d], b.on[d], R, C));
-        assert_ok(CPL_OPS(test_on[d], layernorm_bwd, dt, dx.on[d], dg.on[d], db.on[d], fused ? dbias.on[d] : NULL, dy.on[d], fused ? dres.on[d] : NULL,
-                          sum.on[d], mean.on[d], rstd.on[d], g.on[d], R, C));
+        assert_ok(CPL_OPS(test_on[d], layernorm_bwd, dt, dx.on[d], dg.on[d], db.on[d], fused ? dbias.on[d] : NULL, dy.on[d],
+                          fused ? dres.on[d] : NULL, sum.on[d], mean.on[d], rstd.on[d], g.on[d], R, C));
     }
     test_twin_same("sum", &sum);
     test_twin_close("mean", CPL_F32, &mean, R, 64 * f32, 64 * f32);
@@ -99,8 +99,8 @@ static void check_layernorm(cpl_dtype dt, int64_t R, int64_t C, bool fused) {
 }
 
 static void test_layernorm(void **state) {
-    static const int64_t shapes[][2] = {{1, 1},     {3, 5},    {7, 64},    {70, 33}, {130, 192},
-                                        {600, 768}, {9, 1000}, {33, 1600}, {5, 4096}, {301, 256}, {2100, 1024}, {70, 2048}};
+    static const int64_t shapes[][2] = {{1, 1},    {3, 5},     {7, 64},   {70, 33},   {130, 192},   {600, 768},
+                                        {9, 1000}, {33, 1600}, {5, 4096}, {301, 256}, {2100, 1024}, {70, 2048}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         for (int t = 0; t < TYPES; t++) {
             check_layernorm(types[t], shapes[i][0], shapes[i][1], false);
