@@ -19,9 +19,7 @@ static inline size_t cpl_dtype_size(cpl_dtype t) {
 }
 const char *cpl_dtype_name(cpl_dtype t);
 
-/* GELU: tanh form, Hendrycks & Gimpel 2016, arXiv:1606.08415. ROUNDED: of the argument as it is stored; else of that or of the sum
- * before its rounding, whichever the device does faster. */
-typedef enum { CPL_ACT_NONE, CPL_ACT_GELU, CPL_ACT_GELU_ROUNDED } cpl_activation;
+typedef enum { CPL_ACT_NONE, CPL_ACT_GELU } cpl_activation; /* GELU: tanh form, Hendrycks & Gimpel 2016, arXiv:1606.08415 */
 
 /* Sums over flat buffers are made of one partial sum per chunk of this many elements, added in order of their global index, so that
  * no result depends on ranks or threads. Shards of flat buffers start at multiples of it. */

@@ -10,8 +10,6 @@ cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t lay
     const cpl_block_activations *b = &ws->block[layer];
     const void *w[CPL_P_BLOCK_COUNT];
     int64_t R = ws->R, C = ws->layout->shape.width, H = ws->layout->shape.heads;
-    /* gelu_fwd is to bring back the same bits. */
-    cpl_activation gelu = ws->training && ws->recompute == CPL_RECOMPUTE_GELU ? CPL_ACT_GELU_ROUNDED : CPL_ACT_GELU;
     for (int role = 0; role < CPL_P_BLOCK_COUNT; role++) {
         w[role] = cpl_block_weight(ws, weights, layer, role);
     }
@@ -22,7 +20,7 @@ cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t lay
     CPL_TRY(CPL_OPS(dev, linear_fwd, ws->dt, ws->delta, NULL, b->context, w[CPL_P_PROJ_W], w[CPL_P_PROJ_B], CPL_ACT_NONE, R, C, C));
     CPL_TRY(CPL_OPS(dev, layernorm_fwd, ws->dt, b->sum2, b->norm2, b->mean2, b->rstd2, b->sum1, ws->delta, w[CPL_P_LN2_G],
                     w[CPL_P_LN2_B], R, C));
-    CPL_TRY(CPL_OPS(dev, linear_fwd, ws->dt, b->act, b->pre, b->norm2, w[CPL_P_FC_W], w[CPL_P_FC_B], gelu, R, 4 * C, C));
+    CPL_TRY(CPL_OPS(dev, linear_fwd, ws->dt, b->act, b->pre, b->norm2, w[CPL_P_FC_W], w[CPL_P_FC_B], CPL_ACT_GELU, R, 4 * C, C));
     if (!rerun) {
         CPL_TRY(
             CPL_OPS(dev, linear_fwd, ws->dt, ws->delta, NULL, b->act, w[CPL_P_OUT_W], w[CPL_P_OUT_B], CPL_ACT_NONE, R, C, 4 * C));

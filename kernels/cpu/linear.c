@@ -162,7 +162,7 @@ static void finish_forward(const void *layer, const tile *t) {
                 v[j] += bias[j];
             }
         }
-        if (f->activation != CPL_ACT_NONE) {
+        if (f->activation == CPL_ACT_GELU) {
             cpl_round_act(f->dt, v, t->cols);
             if (f->pre != NULL) {
                 cpl_store_act(f->dt, f->pre, at, v, t->cols);

@@ -103,10 +103,61 @@ done:
     return st;
 }
 
+/* Sequences of a slice: as many as keep to CPL_ATTENTION_SCORES_MAX in even slices, at least one. */
+static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_shape *s) {
+    int64_t scores = 2 * s->H * s->T * s->T, most = scores < CPL_ATTENTION_SCORES_MAX ? CPL_ATTENTION_SCORES_MAX / scores : 1;
+    int64_t slices = direction == CPL_ATTENTION_FWD ? 1 : (s->B + most - 1) / most;
+    return (s->B + slices - 1) / slices;
+}
+
+static const void *later(const void *p, int64_t bytes) {
+    return p == NULL ? NULL : (const char *)p + bytes;
+}
+
+/* The buffers from sequence `first` on. */
+static cpl_attention_buffers part_of(const cpl_attention_shape *s, const cpl_attention_buffers *x, int64_t first) {
+    int64_t rows = first * s->T, act = rows * s->H * s->D * (int64_t)cpl_dtype_size(s->dt);
+    return (cpl_attention_buffers){.qkv = later(x->qkv, 3 * act),
+                                   .out = (void *)(uintptr_t)later(x->out, act),
+                                   .lse = (float *)(uintptr_t)later(x->lse, rows * s->H * (int64_t)sizeof(float)),
+                                   .dout = later(x->dout, act),
+                                   .dqkv = (void *)(uintptr_t)later(x->dqkv, 3 * act)};
+}
+
+/* Whether cuDNN can: a plan for a slice, and for the last one. */
+static cpl_status plan_slices(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_direction direction,
+                              const cpl_attention_shape *s, bool *usable) {
+    cpl_status st = CPL_OK;
+    cpl_attention_shape part = *s;
+    part.B = slice_of(direction, s);
+    int64_t rest = s->B % part.B;
+    CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, &part, usable));
+    if (*usable && rest > 0) {
+        part.B = rest;
+        CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, &part, usable));
+    }
+done:
+    return st;
+}
+
+static cpl_status run_slices(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_direction direction,
+                             const cpl_attention_shape *s, const cpl_attention_buffers *x) {
+    cpl_status st = CPL_OK;
+    int64_t slice = slice_of(direction, s);
+    for (int64_t first = 0; first < s->B; first += slice) {
+        cpl_attention_shape part = *s;
+        cpl_attention_buffers own = part_of(s, x, first);
+        part.B = s->B - first < slice ? s->B - first : slice;
+        CPL_TRY(cpl_attention_cudnn_run(dev, a->cudnn, direction, &part, &own));
+    }
+done:
+    return st;
+}
+
 static cpl_status run(cpl_device *dev, cpl_cuda_attention *a, bool cudnn, cpl_attention_direction direction,
                       const cpl_attention_shape *s, const cpl_attention_buffers *x) {
     if (cudnn) {
-        return cpl_attention_cudnn_run(dev, a->cudnn, direction, s, x);
+        return run_slices(dev, a, direction, s, x);
     }
     return direction == CPL_ATTENTION_FWD ? cpl_attention_own_fwd(dev, s, x) : cpl_attention_own_bwd(dev, s, x);
 }
@@ -168,7 +219,7 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
     }
     if (a->choice == CUDNN) {
         if (aligned(x)) {
-            CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
+            CPL_TRY(plan_slices(dev, a, direction, s, &usable));
         }
         if (!usable) {
             CPL_FAIL(CPL_UNSUPPORTED, "attention: cuDNN has no %s for %s [B=%lld, T=%lld, H=%lld, D=%lld] here",
@@ -183,7 +234,7 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
         *cudnn = known != NULL && known->cudnn;
         return CPL_OK;
     }
-    CPL_TRY(cpl_attention_cudnn_plan(dev, &a->cudnn, direction, s, &usable));
+    CPL_TRY(plan_slices(dev, a, direction, s, &usable));
     if (usable) {
         CPL_TRY(timed(dev, a, false, direction, s, x, &own_ms));
         usable = timed(dev, a, true, direction, s, x, &cudnn_ms) == CPL_OK;

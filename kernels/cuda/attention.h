@@ -31,6 +31,8 @@ typedef enum { CPL_ATTENTION_FWD, CPL_ATTENTION_BWD, CPL_ATTENTION_DIRECTIONS } 
 /* cuDNN. `plan` makes, once per direction and shape, the plan that `run` needs: CPL_OK and *usable says whether cuDNN can; it takes
  * memory and may not be called while a graph is recorded. Without cuDNN in the build nothing is usable. */
 typedef struct cpl_cudnn cpl_cudnn;
+/* Bytes of scores that cuDNN's backward may keep at a time: larger batches go in slices of whole sequences. */
+#define CPL_ATTENTION_SCORES_MAX ((int64_t)1 << 30)
 cpl_status cpl_attention_cudnn_plan(cpl_device *dev, cpl_cudnn **cudnn, cpl_attention_direction direction,
                                     const cpl_attention_shape *s, bool *usable);
 cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attention_direction direction,

@@ -5,8 +5,8 @@
 #include <string.h>
 
 enum { ENGINES_MAX = 8 };
-/* The backward keeps ds, 2 B H T^2 bytes: 805 MB at B = 32, H = 12, T = 1024. */
-static const int64_t WORKSPACE_MAX = (int64_t)1 << 30;
+/* The backward keeps ds, 2 B H T^2 bytes (805 MB at B = 32, H = 12, T = 1024), and little besides. */
+static const int64_t WORKSPACE_MAX = CPL_ATTENTION_SCORES_MAX + ((int64_t)64 << 20);
 
 typedef struct {
     cpl_attention_direction direction;

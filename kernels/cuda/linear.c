@@ -1,5 +1,5 @@
-/* Linear layers: one product each, with bias, GELU, GELU's derivative and bias gradients in the same pass where that is faster.
- * Refuses cuBLASLt's GELU in f32: its tanh has 11 bits. */
+/* Linear layers: one product each, with bias, GELU, its derivative and bias gradients in the same pass where that is faster.
+ * Refuses cuBLASLt's GELU: its tanh has 11 bits, and its argument is not the rounded one; of its derivative in f32 likewise. */
 #include "kernels/cuda/product.h"
 #include <math.h>
 
@@ -89,39 +89,46 @@ done:
 
 /* --- the operations --- */
 
+/* y = x w^T + bias where cuBLASLt has no product with a bias: the sum in f32, so that it is rounded once. */
+static cpl_status add_bias_apart(cpl_device *dev, cpl_product product, cpl_product_data data, const void *bias) {
+    cpl_status st = CPL_OK;
+    float *sum = NULL;
+    void *y = data.d;
+    choice wide;
+    CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, (size_t)(product.n * product.m) * sizeof *sum, &sum));
+    product.wide = 1;
+    data.d = sum;
+    data.vector = NULL;
+    CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &wide));
+    CPL_TRY(cpl_cuda_product_run(dev, wide.plan, &data));
+    CPL_TRY(cpl_cuda_add_bias(dev, (cpl_dtype)product.dt, y, sum, bias, product.n, product.m));
+done:
+    return st;
+}
+
 cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
                                 cpl_activation activation, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
-    bool gelu = activation != CPL_ACT_NONE, gelu_fused = false, own = false, biased = bias != NULL;
+    bool gelu = activation == CPL_ACT_GELU, never = false, own = false;
     cpl_product product = {.dt = dt, .transposed_a = 1, .m = N, .n = R, .k = K};
     cpl_product_data data = {.a = w, .b = x, .d = gelu && pre != NULL ? pre : y, .vector = (void *)(uintptr_t)bias};
-    cpl_product_data with_gelu = {.a = w, .b = x, .d = y, .vector = data.vector, .aux = pre};
-    choice best, other = {.ms = INFINITY};
+    choice best, none = {.ms = INFINITY};
     if (R == 0 || N == 0) {
         return CPL_OK;
     }
-    CPL_TRY(find(dev, &product, biased ? CPL_AFTER_BIAS : CPL_AFTER_NOTHING, &data, &best));
-    if (!isfinite(best.ms) && biased) {
-        biased = false;
-        CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
-    }
-    if (gelu && biased && dt != CPL_F32) {
+    CPL_TRY(find(dev, &product, bias != NULL ? CPL_AFTER_BIAS : CPL_AFTER_NOTHING, &data, &best));
+    bool apart = bias != NULL && !isfinite(best.ms);
+    if (gelu && bias != NULL && !apart && dt != CPL_F32) {
         separate s = {.dev = dev, .dt = dt, .to = y, .from = data.d, .R = R, .N = N};
         own_product o = {.dev = dev, .dt = dt, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
-        if (activation == CPL_ACT_GELU) {
-            CPL_TRY(find(dev, &product, pre != NULL ? CPL_AFTER_GELU_KEPT : CPL_AFTER_GELU, &with_gelu, &other));
-        }
-        CPL_TRY(take_faster("gelu", &s, separate_gelu, &other, &best, &gelu_fused));
+        CPL_TRY(take_faster("gelu", &s, separate_gelu, &none, &best, &never));
         CPL_TRY(own_wins("product_gelu_fwd", &o, pre, own_forward, &best, &own));
         if (own) {
             return own_forward(&o);
         }
     }
-    CPL_TRY(cpl_cuda_product_run(dev, best.plan, gelu_fused ? &with_gelu : &data));
-    if (bias != NULL && !biased) {
-        CPL_TRY(cpl_cuda_add_bias(dev, dt, data.d, bias, R, N));
-    }
-    if (gelu && !gelu_fused) {
+    CPL_TRY(apart ? add_bias_apart(dev, product, data, bias) : cpl_cuda_product_run(dev, best.plan, &data));
+    if (gelu) {
         CPL_TRY(CPL_CUDA(gelu_fwd)(dev, dt, y, data.d, R * N));
     }
 done:
@@ -137,29 +144,22 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
                                       const void *pre, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
     cpl_product product = {.dt = dt, .m = K, .n = R, .k = N};
-    cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = (void *)(uintptr_t)pre};
-    choice best, other = {.ms = INFINITY};
-    bool gelu_fused = false, sums_fused = false, own = false;
-    float *sums = NULL;
+    cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = pre};
+    choice best, other = {.ms = INFINITY}, none = {.ms = INFINITY};
+    bool gelu_fused = false, never = false, own = false;
     if (R == 0 || K == 0) {
         return CPL_OK;
     }
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
     if (pre != NULL && dt != CPL_F32) {
         separate s = {.dev = dev, .dt = dt, .to = dx, .from = pre, .R = R, .N = K};
-        own_product o = {.dev = dev, .dt = dt, .to = dx, .pre = data.aux, .from = dy, .w = w, .R = R, .N = N, .K = K};
+        own_product o = {.dev = dev, .dt = dt, .to = dx, .pre = (void *)(uintptr_t)pre, .from = dy, .w = w, .R = R, .N = N, .K = K};
         CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD, &data, &other));
         CPL_TRY(take_faster("gelu_grad", &s, separate_gelu_grad, &other, &best, &gelu_fused));
         if (dbias != NULL) {
-            CPL_TRY(sums_scratch(dev, K, &sums));
-            separate c = {.dev = dev, .dt = dt, .to = sums + K, .from = dx, .R = R, .N = K};
-            data.vector = sums;
-            other.ms = INFINITY;
-            if (gelu_fused) {
-                CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD_SUMS, &data, &other));
-            }
-            CPL_TRY(take_faster("column_sums", &c, separate_column_sums, &other, &best, &sums_fused));
-            o.dbias = sums + K;
+            CPL_TRY(sums_scratch(dev, K, &o.dbias));
+            separate c = {.dev = dev, .dt = dt, .to = o.dbias, .from = dx, .R = R, .N = K};
+            CPL_TRY(take_faster("column_sums", &c, separate_column_sums, &none, &best, &never));
         }
         CPL_TRY(own_wins("product_gelu_bwd", &o, pre, own_backward, &best, &own));
         if (own) {
@@ -172,7 +172,7 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
         CPL_TRY(cpl_cuda_gelu_grad(dev, dt, dx, pre, R * K));
     }
     if (dbias != NULL) {
-        CPL_TRY(sums_fused ? CPL_CUDA(add_f32)(dev, dbias, sums, K) : cpl_cuda_column_sums(dev, dt, dbias, dx, R, K));
+        CPL_TRY(cpl_cuda_column_sums(dev, dt, dbias, dx, R, K));
     }
 done:
     return st;

@@ -34,17 +34,18 @@ extern "C" cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx
     return cpl_cuda_launched(dev, "gelu_grad");
 }
 
-template <typename T> __global__ void add_bias_kernel(T *y, const T *bias, int64_t n, int64_t N) {
+template <typename T> __global__ void add_bias_kernel(T *y, const float *sum, const T *bias, int64_t n, int64_t N) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
-        y[i] = from_f32<T>(to_f32(y[i]) + to_f32(bias[i % N]));
+        y[i] = from_f32<T>(sum[i] + to_f32(bias[i % N]));
     }
 }
 
-extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const void *bias, int64_t R, int64_t N) {
+extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias, int64_t R,
+                                        int64_t N) {
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
         add_bias_kernel<T>
-            <<<grid_for(dev, R * N, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)y, (const T *)bias, R * N, N);
+            <<<grid_for(dev, R * N, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)y, sum, (const T *)bias, R * N, N);
     });
     return cpl_cuda_launched(dev, "add_bias");
 }

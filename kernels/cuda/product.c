@@ -47,19 +47,18 @@ static int32_t alignment_of(const void *p) {
 /* --- descriptors --- */
 
 static cublasLtEpilogue_t epilogue_of(const cpl_product *p) {
-    static const cublasLtEpilogue_t epilogues[] = {
-        [CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT, [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
-        [CPL_AFTER_GELU] = CUBLASLT_EPILOGUE_GELU_BIAS,  [CPL_AFTER_GELU_KEPT] = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-        [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU, [CPL_AFTER_GELU_GRAD_SUMS] = CUBLASLT_EPILOGUE_DGELU_BGRAD,
-        [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
+    static const cublasLtEpilogue_t epilogues[] = {[CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT,
+                                                   [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
+                                                   [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU,
+                                                   [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
     return epilogues[p->after];
 }
 
 static bool has_aux(const cpl_product *p) {
-    return p->after == CPL_AFTER_GELU_KEPT || p->after == CPL_AFTER_GELU_GRAD || p->after == CPL_AFTER_GELU_GRAD_SUMS;
+    return p->after == CPL_AFTER_GELU_GRAD;
 }
 static bool has_vector(const cpl_product *p) {
-    return p->after != CPL_AFTER_NOTHING && p->after != CPL_AFTER_GELU_GRAD;
+    return p->after == CPL_AFTER_BIAS || p->after == CPL_AFTER_BIAS_GRAD;
 }
 
 static cpl_status point(cpl_product_plan *plan, const cpl_product_data *data) {
@@ -89,10 +88,6 @@ static cpl_status describe(cpl_product_plan *plan) {
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     if (has_aux(p)) {
         CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &p->m, sizeof p->m));
-    }
-    if (p->after == CPL_AFTER_GELU_GRAD_SUMS) {
-        const int32_t sums = CUDA_R_32F;
-        CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &sums, sizeof sums));
     }
     const int64_t a[2] = {p->transposed_a ? p->k : p->m, p->transposed_a ? p->m : p->k};
     const int64_t b[2] = {p->transposed_b ? p->n : p->k, p->transposed_b ? p->k : p->n};
@@ -261,12 +256,10 @@ cpl_status cpl_cuda_product_find(cpl_device *dev, const cpl_product *product, co
     cpl_cuda_linear *linear = cpl_cuda_of(dev)->linear;
     cpl_product_plan *plan = NULL;
     cpl_product wanted = *product;
-    const void *const pointers[4] = {data->a, data->b, data->d, has_vector(product) ? data->vector : NULL};
+    const void *const pointers[4] = {data->a, data->b, data->d, has_aux(product) ? data->aux : data->vector};
     for (int i = 0; i < 4; i++) {
         wanted.alignment[i] = alignment_of(pointers[i]);
     }
-    int32_t aux = alignment_of(has_aux(product) ? data->aux : NULL);
-    wanted.alignment[3] = aux < wanted.alignment[3] ? aux : wanted.alignment[3];
     for (*out = linear->plans; *out != NULL; *out = (*out)->next) {
         if (memcmp(&(*out)->product, &wanted, sizeof wanted) == 0) {
             *ms = (*out)->ms;

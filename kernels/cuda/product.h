@@ -11,12 +11,9 @@ extern "C" {
 
 typedef enum {
     CPL_AFTER_NOTHING,
-    CPL_AFTER_BIAS,           /* d += vector over columns; vector [m] of d's type */
-    CPL_AFTER_GELU,           /* the same, then GELU of the sum before it is rounded */
-    CPL_AFTER_GELU_KEPT,      /* the same, and the sum goes to aux [m,n] of d's type */
-    CPL_AFTER_GELU_GRAD,      /* d *= GELU'(aux); aux [m,n] of a's type */
-    CPL_AFTER_GELU_GRAD_SUMS, /* the same, and vector [m] f32 = sums of d over n */
-    CPL_AFTER_BIAS_GRAD       /* vector [n] f32 = sums of b over k */
+    CPL_AFTER_BIAS,      /* d += vector over columns; vector [m] of d's type */
+    CPL_AFTER_GELU_GRAD, /* d *= GELU'(aux); aux [m,n] of a's type */
+    CPL_AFTER_BIAS_GRAD  /* vector [n] f32 = sums of b over k */
 } cpl_after;
 
 /* d = op(a) op(b) [+ d], all column-major: a [m,k] or, transposed, [k,m]; b [k,n] or [n,k]; d [m,n]; no gaps between columns. */
@@ -34,7 +31,7 @@ typedef struct {
     const void *a, *b;
     void *d;
     void *vector;
-    void *aux; /* written with CPL_AFTER_GELU_KEPT alone */
+    const void *aux;
 } cpl_product_data;
 
 typedef struct cpl_product_plan cpl_product_plan;
@@ -50,9 +47,10 @@ cpl_status cpl_cuda_product_run(cpl_device *dev, cpl_product_plan *plan, const c
 cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t size[4], cpl_status (*body)(void *context),
                                void *context, double *ms);
 
-/* What a product does not do in the same pass.   x, dx, pre [n] act   y [R,N] act, bias [N] act   dy [R,N] act, db [N] f32 += */
+/* What a product does not do in the same pass.   dx, pre [n] act   y = sum + bias: y [R,N] act, sum [R,N] f32, bias [N] act
+ * dy [R,N] act, db [N] f32 += */
 cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx, const void *pre, int64_t n);
-cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const void *bias, int64_t R, int64_t N);
+cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias, int64_t R, int64_t N);
 cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N);
 
 /* linear_fwd with a bias and GELU of the rounded sum, and linear_bwd_input with GELU's derivative, by our own kernel

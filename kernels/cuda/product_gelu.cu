@@ -9,7 +9,8 @@
 namespace {
 
 /* A tile of d is made by one of two warpgroups while the other finishes the tile before it ("ping-pong"); a third one sends for the
- * operands. DEPTH: of a stage, 128 bytes. */
+ * operands. Two blocks, a cluster, work on tiles one below the other: each sends for its rows of a, and for half of the b that both
+ * need. DEPTH: of a stage, 128 bytes. */
 enum { TILE = 128, DEPTH = 64, STAGES = 4, GROUP = 128, THREADS = 3 * GROUP, BOX = DEPTH * TILE * 2, HALF_BOX = BOX / 2 };
 enum { PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232 };
 
@@ -26,9 +27,20 @@ struct shared_memory {
 enum mode { FORWARD, FORWARD_KEPT, BACKWARD };
 
 struct extent {
-    int tiles, across, blocks; /* tiles of d, of a row of tiles; stages of a tile */
-    int64_t N;                 /* columns of d */
+    int pairs, across, blocks; /* pairs of tiles, tiles of a row of d, stages of a tile */
+    int64_t R, N;              /* of d */
 };
+
+/* Pair number `turn` of this cluster: whether there is one, and where this block's tile of it begins. */
+struct place {
+    int row, column;
+};
+__device__ __forceinline__ bool find_place(const extent &e, int turn, place &at) {
+    int pair = (int)blockIdx.x / 2 + turn * ((int)gridDim.x / 2);
+    at.row = (pair / e.across * 2 + cluster_rank()) * TILE;
+    at.column = pair % e.across * TILE;
+    return pair < e.pairs;
+}
 
 struct maps {
     CUtensorMap a, b, kept, d;
@@ -61,23 +73,26 @@ template <typename T> __device__ __forceinline__ uint32_t gelu_of(uint32_t word)
 }
 
 template <bool BY_ROWS> __device__ void produce(shared_memory &m, const maps &map, const extent &e) {
-    int at = 0;
-    for (int tile = blockIdx.x; tile < e.tiles; tile += gridDim.x) {
-        int row = tile / e.across * TILE, column = tile % e.across * TILE;
+    int at = 0, half = cluster_rank();
+    place p;
+    for (int turn = 0; find_place(e, turn, p); turn++) {
         for (int k = 0; k < e.blocks; k++, at++) {
-            int s = at % STAGES;
+            int s = at % STAGES, part = p.column + half * (TILE / 2);
             if (at >= STAGES) {
                 barrier_wait(&m.empty[s], (at / STAGES - 1) & 1);
             }
             barrier_expect(&m.full[s], 2 * BOX);
-            box_load(m.stages[s].a, &map.a, &m.full[s], k * DEPTH, row);
-            if (BY_ROWS) {
-                box_load(m.stages[s].b, &map.b, &m.full[s], column, k * DEPTH);
-                box_load(m.stages[s].b + HALF_BOX, &map.b, &m.full[s], column + TILE / 2, k * DEPTH);
-            } else {
-                box_load(m.stages[s].b, &map.b, &m.full[s], k * DEPTH, column);
-            }
+            box_load(m.stages[s].a, &map.a, &m.full[s], k * DEPTH, p.row);
+            box_load_for_both(m.stages[s].b + half * HALF_BOX, &map.b, &m.full[s], BY_ROWS ? part : k * DEPTH,
+                              BY_ROWS ? k * DEPTH : part);
         }
+    }
+}
+
+/* Of this warpgroup: the stage may be overwritten, as far as this block is concerned. */
+__device__ __forceinline__ void let_go(shared_memory &m, int stage) {
+    if (threadIdx.x % GROUP < 2) {
+        barrier_arrive_at(&m.empty[stage], (int)threadIdx.x % GROUP);
     }
 }
 
@@ -103,18 +118,14 @@ __device__ __forceinline__ void multiply(shared_memory &m, float (&acc)[2][64], 
         mma_commit();
         if (k > 0) {
             mma_wait<1>();
-            if (threadIdx.x % GROUP == 0) {
-                barrier_arrive(&m.empty[(at - 1) % STAGES]);
-            }
+            let_go(m, (at - 1) % STAGES);
         }
     }
     if (threadIdx.x % GROUP == 0) {
         barrier_arrive(&m.turn[1 - group]);
     }
     mma_wait<0>();
-    if (threadIdx.x % GROUP == 0) {
-        barrier_arrive(&m.empty[(at - 1) % STAGES]);
-    }
+    let_go(m, (at - 1) % STAGES);
 }
 
 /* The buffer, written by the whole warpgroup, to device memory. */
@@ -210,21 +221,20 @@ __device__ __forceinline__ void finish_backward(shared_memory &m, const float (&
 template <typename T, int MODE>
 __device__ void consume(shared_memory &m, const maps &map, const T *bias, float *partial, const extent &e, int group) {
     float acc[2][64];
-    int turn = 0;
-    for (int i = group; blockIdx.x + i * (int64_t)gridDim.x < e.tiles; i += 2, turn ^= 1) {
-        int tile = blockIdx.x + i * gridDim.x, row = tile / e.across * TILE, column = tile % e.across * TILE;
+    place p;
+    for (int own = 0; find_place(e, 2 * own + group, p); own++) {
         if (MODE == BACKWARD && threadIdx.x % GROUP == 0) {
             stores_have_read();
             barrier_expect(&m.kept[group], 2 * BOX);
-            box_load(m.buffer[group][0], &map.kept, &m.kept[group], column, row);
-            box_load(m.buffer[group][1], &map.kept, &m.kept[group], column + TILE / 2, row);
+            box_load(m.buffer[group][0], &map.kept, &m.kept[group], p.column, p.row);
+            box_load(m.buffer[group][1], &map.kept, &m.kept[group], p.column + TILE / 2, p.row);
         }
-        multiply<T, MODE == BACKWARD>(m, acc, i * e.blocks, e.blocks, group, i / 2);
+        multiply<T, MODE == BACKWARD>(m, acc, (2 * own + group) * e.blocks, e.blocks, group, own);
         if (MODE == BACKWARD) {
-            barrier_wait(&m.kept[group], turn);
-            finish_backward<T>(m, acc, map, partial, e.N, group, row, column);
+            barrier_wait(&m.kept[group], own & 1);
+            finish_backward<T>(m, acc, map, p.row < e.R ? partial : nullptr, e.N, group, p.row, p.column);
         } else {
-            finish_forward<T, MODE>(m, acc, map, bias, e.N, group, row, column);
+            finish_forward<T, MODE>(m, acc, map, bias, e.N, group, p.row, p.column);
         }
     }
     if (threadIdx.x % GROUP == 0) {
@@ -233,14 +243,14 @@ __device__ void consume(shared_memory &m, const maps &map, const T *bias, float 
 }
 
 template <typename T, int MODE>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     product_kernel(const __grid_constant__ maps map, const T *bias, float *partial, const extent e) {
     extern __shared__ unsigned char memory[];
     shared_memory &m = *reinterpret_cast<shared_memory *>(memory + (1024 - shared_address(memory) % 1024) % 1024);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&m.full[s], 1);
-            barrier_init(&m.empty[s], 1);
+            barrier_init(&m.empty[s], 2);
         }
         for (int g = 0; g < 2; g++) {
             barrier_init(&m.kept[g], 1);
@@ -249,7 +259,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         shared_to_copies();
     }
-    __syncthreads();
+    cluster_barrier();
     if (threadIdx.x < GROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
         if (threadIdx.x == 0) {
@@ -259,6 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
         consume<T, MODE>(m, map, bias, partial, e, threadIdx.x / GROUP - 1);
     }
+    cluster_barrier(); /* the other block's memory is written to until then */
 }
 
 /* --- host --- */
@@ -296,10 +307,10 @@ cpl_status describe(CUtensorMap *map, cpl_dtype dt, const void *x, int64_t rows,
 
 template <typename T, int MODE>
 cpl_status launch(cpl_device *dev, const maps &map, const T *bias, float *partial, int64_t R, int64_t N, int64_t depth) {
-    const extent e = {(int)(cpl_ceil_div(R, TILE) * cpl_ceil_div(N, TILE)), (int)cpl_ceil_div(N, TILE),
-                      (int)cpl_ceil_div(depth, DEPTH), N};
-    const int bytes = (int)sizeof(shared_memory) + 1024, most = cpl_cuda_of(dev)->sm_count,
-              blocks = e.tiles < most ? e.tiles : most;
+    const int64_t across = cpl_ceil_div(N, TILE), pairs = cpl_ceil_div(R, 2 * TILE) * across;
+    const extent e = {(int)pairs, (int)across, (int)cpl_ceil_div(depth, DEPTH), R, N};
+    const int bytes = (int)sizeof(shared_memory) + 1024, clusters = cpl_cuda_of(dev)->sm_count / 2;
+    const int blocks = 2 * (e.pairs < clusters ? e.pairs : clusters);
     auto *kernel = product_kernel<T, MODE>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
@@ -324,7 +335,7 @@ extern "C" cpl_status cpl_cuda_product_gelu_fwd(cpl_device *dev, cpl_dtype dt, v
     maps map;
     cpl_status st = CPL_OK;
     CPL_TRY(describe(&map.a, dt, x, R, K, TILE));
-    CPL_TRY(describe(&map.b, dt, w, N, K, TILE));
+    CPL_TRY(describe(&map.b, dt, w, N, K, TILE / 2));
     CPL_TRY(describe(&map.kept, dt, pre != NULL ? pre : y, R, N, TILE));
     CPL_TRY(describe(&map.d, dt, y, R, N, TILE));
     if (dt == CPL_BF16) {

@@ -146,7 +146,8 @@ static void check_backward(cpl_device *dev, cpl_dtype dt, shape s) {
     test_close("dx", dt, dx, want, n, tolerance, 1.01 * test_roundoff(dt) + 1e-5);
     test_close("dg", CPL_F32, dg, want_dg, s.C, 1e-5 * sqrt((double)s.R), 1e-5);
     test_close("db", CPL_F32, db, want_db, s.C, 1e-5 * sqrt((double)s.R), 1e-5);
-    test_close("dbias", CPL_F32, dbias, want_dbias, s.C, tolerance * (double)s.R, 1e-5);
+    test_close("dbias", CPL_F32, dbias, want_dbias, s.C, (tolerance + (test_on_gpu() ? 8 * test_roundoff(dt) : 0)) * (double)s.R,
+               1e-5); /* there of the rounded dx, perhaps */
     /* dx may be dres or dy */
     memset(dg, 0, (size_t)s.C * sizeof *dg);
     assert_ok(dev->ops->layernorm_bwd(dev, dt, dres, dg, db, NULL, dy, dres, x, mean, rstd, g, s.R, s.C));
