@@ -1,26 +1,25 @@
 /* Cross-entropy of next-token prediction and, in place of the logits, its gradient.
- * Refuses to hide a bad logit: inf or nan in a row makes its loss and its gradient nan. (Beyond 2^127 a logit counts as infinite.)
- */
+ * Refuses to hide a bad logit: inf or nan in a row makes its loss and its gradient nan. */
 #include "kernels/cuda/rows.cuh"
 
 enum { MOST_THREADS = 768 };
 
-/* Sum of 2^(x log2(e) - top) over logits x, top the largest x log2(e), rounded: what it is rounded by cancels wherever the same top
- * is used. */
+/* Sum of e^(x - top) over logits x, top the largest. The difference comes first: it is exact where it matters, however large both
+ * are. */
 struct softmax_sum {
     float top, sum;
 };
 
 __device__ __forceinline__ void rebase(softmax_sum &a, float top) {
-    a.sum *= exp2_fast(a.top - top);
+    a.sum *= exp2_fast((a.top - top) * CPL_LOG2E);
     a.top = top;
 }
 
 template <typename T, int N> __device__ __forceinline__ void absorb(softmax_sum &a, const packed<T, N> &x) {
-    rebase(a, fmaxf(a.top, __fmul_rn(pack_max(x), CPL_LOG2E)));
+    rebase(a, fmaxf(a.top, pack_max(x)));
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        a.sum += exp2_fast(fmaf(x.f32(j), CPL_LOG2E, -a.top));
+        a.sum += exp2_fast((x.f32(j) - a.top) * CPL_LOG2E);
     }
 }
 
@@ -42,7 +41,7 @@ __device__ __forceinline__ softmax_sum block_merge(softmax_sum a, softmax_sum *s
 
 /* ln sum - (chosen - top): near 0 the two parts are, too, and their sum keeps its digits. */
 __device__ __forceinline__ float row_loss(softmax_sum a, float chosen) {
-    return logf(a.sum) + (float)(((double)a.top - (double)chosen * (double)CPL_LOG2E) * (double)CPL_LN2);
+    return logf(a.sum) + (a.top - chosen);
 }
 
 /* The gradient in place of the row; where next is not NULL, its packs take the place of this one's. */
@@ -55,7 +54,7 @@ __device__ __forceinline__ void write_row(T *row, row_source<T, N, STAGED> from,
         float g[N];
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            g[j] = each * exp2_fast(fmaf(x.f32(j), CPL_LOG2E, -a.top));
+            g[j] = each * exp2_fast((x.f32(j) - a.top) * CPL_LOG2E);
         }
         if (i == target / N) {
 #pragma unroll

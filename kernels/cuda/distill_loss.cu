@@ -13,9 +13,8 @@ struct distillation {
     bool same;
 };
 
-/* Exponents are s = student scale - s_top and t = teacher scale - t_top, tops being the largest products, rounded: what they are
- * rounded by cancels wherever the same top is used. Sums: q of 2^s, p of 2^t, plain of 2^(s temperature), and cross of
- * 2^t (t - s) for forward KL, of 2^s (s - t) for reverse. */
+/* Exponents are s = (student - s_top) scale and t = (teacher - t_top) scale, tops being the largest logits. Sums: q of 2^s, p of
+ * 2^t, plain of 2^(s temperature), and cross of 2^t (t - s) for forward KL, of 2^s (s - t) for reverse. */
 struct row_sums {
     float s_top, t_top, q, p, plain, cross;
 };
@@ -49,7 +48,7 @@ __device__ __forceinline__ void plain_of(float (&plain)[N], const float (&e)[N],
 }
 
 template <cpl_kd_kind KIND> __device__ __forceinline__ void rebase(row_sums &a, float s_top, float t_top, const distillation &k) {
-    float s = a.s_top - s_top, t = a.t_top - t_top, q = exp2_fast(s), p = exp2_fast(t);
+    float s = bounded((a.s_top - s_top) * k.scale), t = bounded((a.t_top - t_top) * k.scale), q = exp2_fast(s), p = exp2_fast(t);
     if (KIND == CPL_KD_FORWARD_KL) {
         a.cross = p * fmaf(a.p, t - s, a.cross);
     } else if (KIND == CPL_KD_REVERSE_KL) {
@@ -62,12 +61,11 @@ template <cpl_kd_kind KIND, typename T, int N>
 __device__ __forceinline__ void absorb(row_sums &a, const packed<T, N> &student, const packed<T, N> &teacher,
                                        const distillation &k) {
     float s[N], q[N], plain[N];
-    rebase<KIND>(a, fmaxf(a.s_top, __fmul_rn(pack_max(student), k.scale)), fmaxf(a.t_top, __fmul_rn(pack_max(teacher), k.scale)),
-                 k);
+    rebase<KIND>(a, fmaxf(a.s_top, pack_max(student)), fmaxf(a.t_top, pack_max(teacher)), k);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        float t = fmaf(teacher.f32(j), k.scale, -a.t_top), p = exp2_fast(t);
-        s[j] = fmaf(student.f32(j), k.scale, -a.s_top);
+        float t = (teacher.f32(j) - a.t_top) * k.scale, p = exp2_fast(t);
+        s[j] = (student.f32(j) - a.s_top) * k.scale;
         q[j] = exp2_fast(s[j]);
         a.p += p;
         a.q += q[j];
@@ -169,7 +167,7 @@ __device__ __forceinline__ packed<T, N> gradient_pack(const packed<T, N> &studen
     float s[N], e[N], plain[N], y[N];
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        s[j] = fmaf(student.f32(j), k.scale, -a.s_top);
+        s[j] = (student.f32(j) - a.s_top) * k.scale;
         e[j] = exp2_fast(s[j]);
     }
     plain_of(plain, e, s, k);
@@ -177,7 +175,7 @@ __device__ __forceinline__ packed<T, N> gradient_pack(const packed<T, N> &studen
     for (int j = 0; j < N; j++) {
         y[j] = g.plain * plain[j];
         if (g.soft) {
-            float t = fmaf(teacher.f32(j), k.scale, -a.t_top);
+            float t = (teacher.f32(j) - a.t_top) * k.scale;
             if (KIND == CPL_KD_FORWARD_KL) { /* equal products cancel exactly */
                 y[j] += __fmul_rn(g.q, e[j]) - __fmul_rn(g.p, exp2_fast(t));
             } else if (KIND == CPL_KD_REVERSE_KL) {
@@ -210,7 +208,7 @@ __device__ __forceinline__ float2 jsd_sums(const row_pair<T, N, STAGED> &from, c
         packed<T, N> student = from.student.at(i, V), teacher = from.teacher.at(i, V);
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            float s = fmaf(student.f32(j), k.scale, -a.s_top), t = fmaf(teacher.f32(j), k.scale, -a.t_top);
+            float s = (student.f32(j) - a.s_top) * k.scale, t = (teacher.f32(j) - a.t_top) * k.scale;
             jsd_point x = jsd_of<T>(s, t, q_log, p_log, shift, k.beta);
             float term = x.q * x.q_over_m;
             mean += term;
@@ -289,9 +287,8 @@ __global__ void __launch_bounds__(MOST_THREADS) distill_kernel(distill_rows x, d
         }
         row_gradient g = gradient_of<KIND>(a, k, factor, jsd, &soft);
         if (threadIdx.x == 0) {
-            double below = ((double)a.s_top - (double)chosen * (double)k.scale) * ((double)k.temperature * (double)CPL_LN2);
             x.soft[r] = soft;
-            x.hard[r] = logf(a.plain) + (float)below;
+            x.hard[r] = logf(a.plain) + (a.s_top - chosen);
         }
         if (x.state != nullptr) {
             write_row<KIND>(from, share, a, g, k, target, next, x.V);

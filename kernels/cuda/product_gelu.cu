@@ -9,8 +9,7 @@
 namespace {
 
 /* A tile of d is made by one of two warpgroups while the other finishes the tile before it ("ping-pong"); a third one sends for the
- * operands. Two blocks, a cluster, work on tiles one below the other: each sends for its rows of a, and for half of the b that both
- * need. DEPTH: of a stage, 128 bytes. */
+ * operands. DEPTH: of a stage, 128 bytes. */
 enum { TILE = 128, DEPTH = 64, STAGES = 4, GROUP = 128, THREADS = 3 * GROUP, BOX = DEPTH * TILE * 2, HALF_BOX = BOX / 2 };
 enum { PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232 };
 
@@ -27,20 +26,9 @@ struct shared_memory {
 enum mode { FORWARD, FORWARD_KEPT, BACKWARD };
 
 struct extent {
-    int pairs, across, blocks; /* pairs of tiles, tiles of a row of d, stages of a tile */
-    int64_t R, N;              /* of d */
+    int tiles, across, blocks; /* tiles of d, of a row of tiles; stages of a tile */
+    int64_t N;                 /* columns of d */
 };
-
-/* Pair number `turn` of this cluster: whether there is one, and where this block's tile of it begins. */
-struct place {
-    int row, column;
-};
-__device__ __forceinline__ bool find_place(const extent &e, int turn, place &at) {
-    int pair = (int)blockIdx.x / 2 + turn * ((int)gridDim.x / 2);
-    at.row = (pair / e.across * 2 + cluster_rank()) * TILE;
-    at.column = pair % e.across * TILE;
-    return pair < e.pairs;
-}
 
 struct maps {
     CUtensorMap a, b, kept, d;
@@ -73,26 +61,23 @@ template <typename T> __device__ __forceinline__ uint32_t gelu_of(uint32_t word)
 }
 
 template <bool BY_ROWS> __device__ void produce(shared_memory &m, const maps &map, const extent &e) {
-    int at = 0, half = cluster_rank();
-    place p;
-    for (int turn = 0; find_place(e, turn, p); turn++) {
+    int at = 0;
+    for (int tile = blockIdx.x; tile < e.tiles; tile += gridDim.x) {
+        int row = tile / e.across * TILE, column = tile % e.across * TILE;
         for (int k = 0; k < e.blocks; k++, at++) {
-            int s = at % STAGES, part = p.column + half * (TILE / 2);
+            int s = at % STAGES;
             if (at >= STAGES) {
                 barrier_wait(&m.empty[s], (at / STAGES - 1) & 1);
             }
             barrier_expect(&m.full[s], 2 * BOX);
-            box_load(m.stages[s].a, &map.a, &m.full[s], k * DEPTH, p.row);
-            box_load_for_both(m.stages[s].b + half * HALF_BOX, &map.b, &m.full[s], BY_ROWS ? part : k * DEPTH,
-                              BY_ROWS ? k * DEPTH : part);
+            box_load(m.stages[s].a, &map.a, &m.full[s], k * DEPTH, row);
+            if (BY_ROWS) {
+                box_load(m.stages[s].b, &map.b, &m.full[s], column, k * DEPTH);
+                box_load(m.stages[s].b + HALF_BOX, &map.b, &m.full[s], column + TILE / 2, k * DEPTH);
+            } else {
+                box_load(m.stages[s].b, &map.b, &m.full[s], k * DEPTH, column);
+            }
         }
-    }
-}
-
-/* Of this warpgroup: the stage may be overwritten, as far as this block is concerned. */
-__device__ __forceinline__ void let_go(shared_memory &m, int stage) {
-    if (threadIdx.x % GROUP < 2) {
-        barrier_arrive_at(&m.empty[stage], (int)threadIdx.x % GROUP);
     }
 }
 
@@ -118,14 +103,18 @@ __device__ __forceinline__ void multiply(shared_memory &m, float (&acc)[2][64], 
         mma_commit();
         if (k > 0) {
             mma_wait<1>();
-            let_go(m, (at - 1) % STAGES);
+            if (threadIdx.x % GROUP == 0) {
+                barrier_arrive(&m.empty[(at - 1) % STAGES]);
+            }
         }
     }
     if (threadIdx.x % GROUP == 0) {
         barrier_arrive(&m.turn[1 - group]);
     }
     mma_wait<0>();
-    let_go(m, (at - 1) % STAGES);
+    if (threadIdx.x % GROUP == 0) {
+        barrier_arrive(&m.empty[(at - 1) % STAGES]);
+    }
 }
 
 /* The buffer, written by the whole warpgroup, to device memory. */
@@ -177,16 +166,28 @@ __device__ __forceinline__ void finish_forward(shared_memory &m, const float (&a
     send(buffer, &map.d, group, row, column);
 }
 
+/* A step of adding up over the 8 lanes with the same columns: half of the sums go to the lane across. kept: which are left. */
+template <int HALF> __device__ __forceinline__ void halve(float (&sum)[32], int &kept) {
+    bool upper = threadIdx.x & HALF;
+    kept += upper ? HALF : 0;
+#pragma unroll
+    for (int k = 0; k < HALF; k++) {
+        float give = upper ? sum[k] : sum[k + HALF], keep = upper ? sum[k + HALF] : sum[k];
+        sum[k] = keep + __shfl_xor_sync(0xffffffffu, give, HALF);
+    }
+}
+
 /* The buffer has the values before GELU and gets the gradient over them; partial: sums of its columns, of this row of tiles. */
 template <typename T>
 __device__ __forceinline__ void finish_backward(shared_memory &m, const float (&acc)[2][64], const maps &map, float *partial,
                                                 int64_t N, int group, int row, int column) {
     unsigned char(*buffer)[BOX] = m.buffer[group];
     int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32, first = warp * 16 + lane / 4;
+    float sum[32];        /* of columns 8 j + 2 (lane % 4) + c, as sum[2 j + c], over this thread's 4 rows */
     group_barrier(group); /* all have read the sums of the tile before */
 #pragma unroll
     for (int j = 0; j < 16; j++) {
-        float2 sum = make_float2(0, 0);
+        sum[2 * j] = sum[2 * j + 1] = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             uint32_t *word = pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j);
@@ -194,17 +195,17 @@ __device__ __forceinline__ void finish_backward(shared_memory &m, const float (&
             float2 x = unpack<T>(*word);
             float2 d = make_float2(pair[0] * cpl_gelu_grad(x.x), pair[1] * cpl_gelu_grad(x.y));
             *word = pack<T>(d.x, d.y);
-            sum.x += d.x;
-            sum.y += d.y;
+            sum[2 * j] += d.x;
+            sum[2 * j + 1] += d.y;
         }
+    }
+    int kept = 0;
+    halve<16>(sum, kept);
+    halve<8>(sum, kept);
+    halve<4>(sum, kept);
 #pragma unroll
-        for (int lanes = 16; lanes >= 4; lanes /= 2) {
-            sum.x += __shfl_xor_sync(0xffffffffu, sum.x, lanes);
-            sum.y += __shfl_xor_sync(0xffffffffu, sum.y, lanes);
-        }
-        if (lane < 4) {
-            *reinterpret_cast<float2 *>(&m.sums[group][warp][8 * j + 2 * lane]) = sum;
-        }
+    for (int k = 0; k < 4; k += 2) {
+        *reinterpret_cast<float2 *>(&m.sums[group][warp][8 * ((kept + k) / 2) + 2 * (lane % 4)]) = make_float2(sum[k], sum[k + 1]);
     }
     send(buffer, &map.d, group, row, column);
     int own = threadIdx.x % GROUP;
@@ -221,20 +222,21 @@ __device__ __forceinline__ void finish_backward(shared_memory &m, const float (&
 template <typename T, int MODE>
 __device__ void consume(shared_memory &m, const maps &map, const T *bias, float *partial, const extent &e, int group) {
     float acc[2][64];
-    place p;
-    for (int own = 0; find_place(e, 2 * own + group, p); own++) {
+    int turn = 0;
+    for (int i = group; blockIdx.x + i * (int64_t)gridDim.x < e.tiles; i += 2, turn ^= 1) {
+        int tile = blockIdx.x + i * gridDim.x, row = tile / e.across * TILE, column = tile % e.across * TILE;
         if (MODE == BACKWARD && threadIdx.x % GROUP == 0) {
             stores_have_read();
             barrier_expect(&m.kept[group], 2 * BOX);
-            box_load(m.buffer[group][0], &map.kept, &m.kept[group], p.column, p.row);
-            box_load(m.buffer[group][1], &map.kept, &m.kept[group], p.column + TILE / 2, p.row);
+            box_load(m.buffer[group][0], &map.kept, &m.kept[group], column, row);
+            box_load(m.buffer[group][1], &map.kept, &m.kept[group], column + TILE / 2, row);
         }
-        multiply<T, MODE == BACKWARD>(m, acc, (2 * own + group) * e.blocks, e.blocks, group, own);
+        multiply<T, MODE == BACKWARD>(m, acc, i * e.blocks, e.blocks, group, i / 2);
         if (MODE == BACKWARD) {
-            barrier_wait(&m.kept[group], own & 1);
-            finish_backward<T>(m, acc, map, p.row < e.R ? partial : nullptr, e.N, group, p.row, p.column);
+            barrier_wait(&m.kept[group], turn);
+            finish_backward<T>(m, acc, map, partial, e.N, group, row, column);
         } else {
-            finish_forward<T, MODE>(m, acc, map, bias, e.N, group, p.row, p.column);
+            finish_forward<T, MODE>(m, acc, map, bias, e.N, group, row, column);
         }
     }
     if (threadIdx.x % GROUP == 0) {
@@ -243,14 +245,14 @@ __device__ void consume(shared_memory &m, const maps &map, const T *bias, float 
 }
 
 template <typename T, int MODE>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, 1)
     product_kernel(const __grid_constant__ maps map, const T *bias, float *partial, const extent e) {
     extern __shared__ unsigned char memory[];
     shared_memory &m = *reinterpret_cast<shared_memory *>(memory + (1024 - shared_address(memory) % 1024) % 1024);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(&m.full[s], 1);
-            barrier_init(&m.empty[s], 2);
+            barrier_init(&m.empty[s], 1);
         }
         for (int g = 0; g < 2; g++) {
             barrier_init(&m.kept[g], 1);
@@ -259,7 +261,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         shared_to_copies();
     }
-    cluster_barrier();
+    __syncthreads();
     if (threadIdx.x < GROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
         if (threadIdx.x == 0) {
@@ -269,7 +271,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
         consume<T, MODE>(m, map, bias, partial, e, threadIdx.x / GROUP - 1);
     }
-    cluster_barrier(); /* the other block's memory is written to until then */
 }
 
 /* --- host --- */
@@ -307,10 +308,10 @@ cpl_status describe(CUtensorMap *map, cpl_dtype dt, const void *x, int64_t rows,
 
 template <typename T, int MODE>
 cpl_status launch(cpl_device *dev, const maps &map, const T *bias, float *partial, int64_t R, int64_t N, int64_t depth) {
-    const int64_t across = cpl_ceil_div(N, TILE), pairs = cpl_ceil_div(R, 2 * TILE) * across;
-    const extent e = {(int)pairs, (int)across, (int)cpl_ceil_div(depth, DEPTH), R, N};
-    const int bytes = (int)sizeof(shared_memory) + 1024, clusters = cpl_cuda_of(dev)->sm_count / 2;
-    const int blocks = 2 * (e.pairs < clusters ? e.pairs : clusters);
+    const extent e = {(int)(cpl_ceil_div(R, TILE) * cpl_ceil_div(N, TILE)), (int)cpl_ceil_div(N, TILE),
+                      (int)cpl_ceil_div(depth, DEPTH), N};
+    const int bytes = (int)sizeof(shared_memory) + 1024, most = cpl_cuda_of(dev)->sm_count,
+              blocks = e.tiles < most ? e.tiles : most;
     auto *kernel = product_kernel<T, MODE>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
@@ -335,7 +336,7 @@ extern "C" cpl_status cpl_cuda_product_gelu_fwd(cpl_device *dev, cpl_dtype dt, v
     maps map;
     cpl_status st = CPL_OK;
     CPL_TRY(describe(&map.a, dt, x, R, K, TILE));
-    CPL_TRY(describe(&map.b, dt, w, N, K, TILE / 2));
+    CPL_TRY(describe(&map.b, dt, w, N, K, TILE));
     CPL_TRY(describe(&map.kept, dt, pre != NULL ? pre : y, R, N, TILE));
     CPL_TRY(describe(&map.d, dt, y, R, N, TILE));
     if (dt == CPL_BF16) {

@@ -21,29 +21,11 @@ __device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-/* On the barrier at the same place of block `rank` of this cluster. */
-__device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, int rank) {
-    asm volatile("{\n"
-                 ".reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-                 "}\n" ::"r"(shared_address(barrier)),
-                 "r"(rank)
-                 : "memory");
-}
-__device__ __forceinline__ int cluster_rank() {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int phase) {
     asm volatile("{\n"
                  ".reg .pred over;\n"
                  "again:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
                  "@over bra done;\n"
                  "bra again;\n"
                  "done:\n"
@@ -59,14 +41,6 @@ __device__ __forceinline__ void box_load(void *to, const CUtensorMap *map, uint6
                      shared_address(to)),
                  "l"(map), "r"(shared_address(barrier)), "r"(first), "r"(row)
                  : "memory");
-}
-/* To the same place of every block of a cluster of two, and told to the barrier there. */
-__device__ __forceinline__ void box_load_for_both(void *to, const CUtensorMap *map, uint64_t *barrier, int first, int row) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
-        "[%2], %5;" ::"r"(shared_address(to)),
-        "l"(map), "r"(shared_address(barrier)), "r"(first), "r"(row), "h"((unsigned short)3)
-        : "memory");
 }
 __device__ __forceinline__ void box_store(const CUtensorMap *map, const void *from, int first, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),

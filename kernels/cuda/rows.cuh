@@ -4,6 +4,7 @@
 #define CPL_KERNELS_CUDA_ROWS_CUH
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/elementary.cuh"
 
 constexpr int32_t CPL_IGNORED = -100;
 /* Maxima start here: finite, so that differences of maxima are never inf - inf, and below any logit that matters. */
@@ -14,12 +15,7 @@ constexpr int64_t CPL_ROW_MOST = 1 << 30;
 /* A row is copied in this many groups; the first is worked on while the others are under way. */
 constexpr int CPL_ROW_PARTS = 4;
 
-/* 2^x and log2 x, about 2 units in the last place, subnormals as 0. */
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+/* About 2 units in the last place, subnormals as 0; exp2_fast beside it. */
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

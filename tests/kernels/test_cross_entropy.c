@@ -112,7 +112,7 @@ static void test_fifty_thousand_terms_cost_no_digits(void **unused) {
 static void huge(cpl_device *dev) {
     const cpl_step_state state = {.loss_scale = 1};
     const float tops[] = {1e4f, 1e30f, 1.7e38f, 3.4e38f};
-    for (int k = 0; k < (test_on_gpu() ? 3 : 4); k++) { /* there logits beyond 2^127 are infinite */
+    for (int k = 0; k < 4; k++) {
         float x[5] = {-tops[k], tops[k], 0, tops[k], -1}, losses[1];
         int32_t target = 3;
         assert_ok(CPL_OPS(dev, cross_entropy, CPL_F32, x, losses, &target, &state, 1.0f, 1, 5, 5));

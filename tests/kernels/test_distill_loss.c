@@ -218,7 +218,7 @@ static void test_alpha_0_is_cross_entropy(void **unused) {
 static void huge(cpl_device *dev) {
     const cpl_step_state state = {.loss_scale = 1};
     const float tops[] = {100, 1e4f, 1e30f, 3.4e38f};
-    for (int k = 0; k < (test_on_gpu() ? 9 : 12); k++) { /* there logits beyond 2^127 are infinite */
+    for (int k = 0; k < 12; k++) {
         float top = tops[k / 3], s[4] = {top, -top, 0, top}, t[4] = {top, -top, -top, top}, soft, hard;
         int32_t target = 0;
         for (int half = 0; half < 2; half++) { /* T = 1/2 doubles them */

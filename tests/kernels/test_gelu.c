@@ -63,7 +63,7 @@ static void gelu_is_what_linear_makes(cpl_device *dev) {
         if (test_on_gpu()) { /* by another product, perhaps */
             double *want = test_widen(dt, again, R * N);
             test_close("linear without pre", dt, y, want, R * N, 4 * test_roundoff(dt), 2 * test_roundoff(dt));
-            cpl_free(&want);
+            test_release(&want);
         } else {
             test_same_bits("linear without pre", y, again, (size_t)(R * N) * size);
         }

@@ -136,8 +136,8 @@ static void check_input_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
         assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, dbias, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
         test_close("column sums of the input gradient", CPL_F32, dbias, want_dbias, s.K,
                    (2e-6 * (double)(s.N + 10) + 2 * test_roundoff(dt) + coarse) * (double)s.R, 1e-6);
-        cpl_free(&dbias);
-        cpl_free(&want_dbias);
+        test_release(&dbias);
+        test_release(&want_dbias);
         assert_ok(dev->ops->linear_bwd_input(dev, dt, dx, NULL, dy, w, r.gelu ? pre : NULL, s.R, s.N, s.K));
         test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10) + coarse,
                    1.01 * test_roundoff(dt) + 2e-6);
@@ -182,7 +182,7 @@ static void check_weight_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
     assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K, false));
     double *alone = test_widen(CPL_F32, dw_alone, s.N * s.K);
     test_close("weight gradient that overwrites", CPL_F32, dw, alone, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
-    cpl_free(&alone);
+    test_release(&alone);
     void *const all[] = {x, dy, dw, db, dw_alone, want_dw, want_db, r.pre, r.weight, r.w, r.bias};
     release(all, sizeof all / sizeof all[0]);
 }
