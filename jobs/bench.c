@@ -101,7 +101,7 @@ done:
 /* --- printing: rank 0 --- */
 
 static double share_of_limit(const cpl_bench *b, const cpl_bench_row *r) {
-    return r->limit ? (double)NAN : 100 * cpl_bench_rate(r) / (r->flops > 0 ? b->products[b->dt] : b->copy);
+    return r->limit ? (double)NAN : 100 * cpl_bench_rate(r) / (r->flops > 0 ? b->products[b->product] : b->copy);
 }
 
 static cpl_status print_row(const cpl_bench *b, cpl_table *t, const cpl_bench_row *r) {
@@ -136,7 +136,8 @@ static cpl_status print_table(const cpl_bench *b) {
     printf("\n %s, %d thread%s a rank, %d rank%s; model %lld layers, %lld heads, width %lld, context %lld, micro-batch %lld, "
            "vocabulary %lld, %s\n\n",
            b->dev->name, threads, threads == 1 ? "" : "s", ranks, ranks == 1 ? "" : "s", (long long)s->layers, (long long)s->heads,
-           (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab, cpl_dtype_name(b->dt));
+           (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab,
+           cpl_dtype_name(b->product));
     CPL_TRY(cpl_table_create(&t, columns, sizeof columns / sizeof columns[0]));
     for (int64_t i = 0; i < b->n_rows; i++) {
         CPL_TRY(print_row(b, t, &b->row[i]));
@@ -146,7 +147,7 @@ static cpl_status print_table(const cpl_bench *b) {
            "again (2.5 forward;\n"
            " in whole passes 2). memory: each operand read or written once. %% of limit: of the matrix products of %s, or of the "
            "copy, above.\n\n",
-           cpl_dtype_name(b->dt));
+           cpl_dtype_name(b->product));
 done:
     cpl_table_destroy(&t);
     return st;
@@ -161,7 +162,7 @@ static void print_json(const cpl_bench *b) {
            "\"context\":%lld,\"micro_batch\":%lld,\"vocab\":%lld,\"precision\":\"%s\"}\n",
            CUPEL_VERSION, CUPEL_GIT_REVISION, device, cpl_device_threads(b->dev), cpl_comm_size(b->world), (long long)s->layers,
            (long long)s->heads, (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab,
-           cpl_dtype_name(b->dt));
+           cpl_dtype_name(b->product));
     for (int64_t i = 0; i < b->n_rows; i++) {
         const cpl_bench_row *r = &b->row[i];
         double nan = (double)NAN, rate = cpl_bench_rate(r);
@@ -205,7 +206,7 @@ done:
 static cpl_status measure(cpl_bench *b, int what) {
     cpl_status st = CPL_OK;
     bool ops = what == OPS || what == ALL, memory = what == MEMORY || what == ALL, train = what == TRAIN || what == ALL;
-    int64_t limits = b->dt == CPL_F32 ? 2 : 3; /* measured again in the end */
+    int64_t limits = b->product == CPL_F32 ? 2 : 3; /* measured again in the end */
     int64_t total =
         limits + (ops ? CPL_BENCH_LAYER_ROWS : 0) + (memory ? CPL_BENCH_FLAT_ROWS : 0) + (train ? CPL_BENCH_TRAINING_ROWS : 0);
     cpl_progress_begin(&b->progress, "bench", 0, total);
@@ -231,8 +232,14 @@ done:
 static cpl_status bench(cpl_comm *world, const cpl_bench_options *o, int what) {
     cpl_status st = CPL_OK;
     const cpl_model_shape shape = {o->layers, o->heads, o->width, o->context, o->vocab};
-    cpl_bench b = {.world = world, .o = o, .dt = cpl_precision_dtype(o->precision)};
-    CPL_TRY(cpl_job_device(world, o->device, o->threads, &b.dev));
+    cpl_dtype product = cpl_precision_dtype(o->precision);
+    cpl_bench b = {.world = world, .o = o, .dt = cpl_dtype_storage(product), .product = product};
+    CPL_TRY(cpl_job_device(world, o->device, o->threads, o->ranks_per_gpu, &b.dev));
+    if (!cpl_device_has(b.dev, b.product)) {
+        st = cpl_fail(CPL_USAGE, __FILE__, __LINE__, "bench: precision %s needs a GPU, and this device is %s",
+                      cpl_dtype_name(b.product), b.dev->name);
+    }
+    CPL_TRY(cpl_agree(world, st));
     CPL_TRY(cpl_agree(world, cpl_layout_create(&b.layout, &shape)));
     CPL_TRY(measure(&b, what));
     if (cpl_comm_rank(world) == 0 && o->json) {

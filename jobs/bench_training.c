@@ -40,7 +40,7 @@ static cpl_status prepare(training *t, cpl_training *options, cpl_arena *arena) 
     CPL_TRY(cpl_device_alloc(b->dev, &t->tokens, (size_t)R, sizeof *t->tokens, "bench"));
     CPL_TRY(cpl_device_alloc(b->dev, &t->losses, (size_t)R, sizeof *t->losses, "bench"));
     CPL_TRY(CPL_OPS(b->dev, upload, t->tokens, host, (size_t)R * sizeof *host));
-    CPL_TRY(cpl_workspace_create(&t->ws, b->dev, b->layout, b->dt, b->o->micro_batch, true, CPL_RECOMPUTE_NONE, 0));
+    CPL_TRY(cpl_workspace_create(&t->ws, b->dev, b->layout, b->product, b->o->micro_batch, true, CPL_RECOMPUTE_NONE, 0));
 done:
     cpl_free(&host);
     return st;

@@ -33,6 +33,16 @@ done:
     return st;
 }
 
+/* The device is known when a run begins; a plan is made without one. */
+static cpl_status precision_check(const cpl_context *ctx, int precision, const char *label) {
+    cpl_dtype dt = cpl_precision_dtype(precision);
+    if (ctx->dev != NULL && !cpl_device_has(ctx->dev, dt)) {
+        return cpl_fail(CPL_USAGE, __FILE__, __LINE__, "%s: precision: %s needs a GPU, and the ranks compute on %s", label,
+                        cpl_dtype_name(dt), ctx->dev->name);
+    }
+    return CPL_OK;
+}
+
 /* cpl_evaluate: tokens, targets, losses of a batch, one sum. */
 static int64_t evaluation_buffers(const cpl_layout *l, int64_t B) {
     return 12 * B * l->shape.context + 8;
@@ -55,7 +65,7 @@ static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, in
         int64_t shard = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK; /* of rank 0, as cpl_layout_shards makes it */
         begin[1] = shard < l->total ? shard : l->total;
     }
-    m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (dt == CPL_F32 ? 0 : 4 * begin[1]);
+    m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * begin[1]);
     m->gradients = 4 * l->total;
     m->moments = begin[1] * (8 + masked);
     m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked) - m->weights - m->gradients - m->moments;
@@ -72,7 +82,8 @@ done:
 /* Weights uploaded (f32 ones pass through a buffer), a workspace for evaluation, another for latency. */
 static cpl_status evaluation_memory(const cpl_layout *l, cpl_dtype dt, int64_t B, int64_t latency_runs, cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
-    cpl_plan_memory upload = {.weights = l->total * (int64_t)cpl_dtype_size(dt), .other = dt == CPL_F32 ? 0 : 4 * l->total};
+    cpl_plan_memory upload = {.weights = l->total * (int64_t)cpl_dtype_size(dt),
+                              .other = cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * l->total};
     *m = (cpl_plan_memory){.weights = upload.weights};
     CPL_TRY(workspace(l, dt, B, false, CPL_RECOMPUTE_NONE, &m->activations));
     int64_t buffers[2] = {evaluation_buffers(l, B), 0}, activations = m->activations;
@@ -98,6 +109,7 @@ static cpl_status training(const cpl_context *ctx, const cpl_layout *l, const cp
     cpl_status st = CPL_OK;
     cpl_split train, val;
     cpl_context_splits(ctx, l->shape.context, &train, &val);
+    CPL_TRY(precision_check(ctx, t->precision, label));
     CPL_TRY(cpl_training_ready(t, l, ranks, &train, &val, label));
     int64_t evaluations = t->eval_every > 0 ? steps / t->eval_every + (steps % t->eval_every != 0) : 1;
     out->steps = steps;
@@ -130,7 +142,8 @@ static cpl_status plan_distill(const cpl_context *ctx, const cpl_stage *stage, c
     out->flops += out->tokens * (cpl_flops_forward(teacher) + cpl_flops_projection(trained));
     CPL_TRY(workspace(large, dt, o->training.micro_batch, false, CPL_RECOMPUTE_NONE, &out->memory.teacher));
     out->memory.teacher += large->total * (int64_t)cpl_dtype_size(dt);
-    cpl_plan_memory upload = {.teacher = large->total * (int64_t)(cpl_dtype_size(dt) + (dt == CPL_F32 ? 0 : sizeof(float)))};
+    cpl_plan_memory upload = {.teacher = large->total *
+                                         (int64_t)(cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : sizeof(float)))};
     keep_larger(&out->memory, &upload); /* f32 weights pass through a buffer */
 done:
     cpl_layout_destroy(&large);
@@ -146,6 +159,7 @@ static cpl_status plan_prune(const cpl_context *ctx, const cpl_stage *stage, con
         CPL_TRY(training(ctx, l, &o->training, o->finetune_steps, ranks, true, stage->name, out));
         out->stored = 13 * l->total;
     } else {
+        CPL_TRY(precision_check(ctx, o->training.precision, stage->name));
         CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->training.precision), o->training.micro_batch, 0, &out->memory));
         out->flops = evaluation_flops(ctx, &l->shape);
         out->stored = 5 * l->total;
@@ -181,10 +195,14 @@ done:
 }
 
 static cpl_status plan_eval(const cpl_context *ctx, const cpl_stage *stage, const cpl_layout *l, cpl_stage_plan *out) {
+    cpl_status st = CPL_OK;
     const cpl_eval_options *o = stage->options;
     double forward = (double)l->shape.context * cpl_flops_forward(&l->shape);
     out->flops = evaluation_flops(ctx, &l->shape) + (double)(o->latency_runs > 0 ? o->latency_runs + 2 : 0) * forward;
-    return evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &out->memory);
+    CPL_TRY(precision_check(ctx, o->precision, stage->name));
+    CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &out->memory));
+done:
+    return st;
 }
 
 static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, const cpl_trial *trial, const cpl_layout *l,
@@ -203,6 +221,7 @@ static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, con
         cpl_plan_memory gathered = {.weights = 4 * l->total, .moments = l->total};
         keep_larger(&out->memory, &gathered);
     }
+    CPL_TRY(precision_check(ctx, o->precision, stage->name));
     CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &m));
     keep_larger(&out->memory, &m);
     out->flops += evaluation_flops(ctx, &l->shape) +

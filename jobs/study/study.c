@@ -3,6 +3,7 @@
 #include "jobs/study/study.h"
 #include "cupel_version.h"
 #include "io/base/log.h"
+#include "jobs/energy.h"
 #include "jobs/store.h"
 #include <dirent.h>
 #include <errno.h>
@@ -176,7 +177,43 @@ done:
     return st;
 }
 
-static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record *rec, const char *started, double wall_s) {
+/* What a stage took, over all ranks. */
+typedef struct {
+    double wall_s;
+    int64_t bytes_peak, bytes_used; /* the most of a rank; used 0: not known */
+    cpl_energy_drawn energy;
+} stage_cost;
+
+/* Collective. */
+static cpl_status measure_cost(cpl_context *ctx, const cpl_energy_phase *phase, stage_cost *cost) {
+    cpl_status st = CPL_OK;
+    size_t held = 0, peak = 0;
+    cpl_device_memory(ctx->dev, &held, &peak);
+    int64_t bytes[2] = {(int64_t)peak, (int64_t)cpl_device_memory_used(ctx->dev)};
+    CPL_TRY(cpl_energy_end(phase, ctx->world, ctx->dev, &cost->energy));
+    CPL_TRY(cpl_comm_allreduce_i64(ctx->world, bytes, 2, CPL_MAX));
+    cost->bytes_peak = bytes[0];
+    cost->bytes_used = bytes[1];
+done:
+    return st;
+}
+
+static cpl_status record_cost(cpl_record *rec, const stage_cost *cost) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(cpl_record_f64(rec, "wall_s", cost->wall_s));
+    CPL_TRY(cpl_record_i64(rec, "device_bytes_peak", cost->bytes_peak));
+    if (cost->bytes_used > 0) {
+        CPL_TRY(cpl_record_i64(rec, "device_bytes_used", cost->bytes_used));
+    }
+    if (!isnan(cost->energy.joules)) {
+        CPL_TRY(cpl_record_f64(rec, "energy_j", cost->energy.joules));
+        CPL_TRY(cpl_record_text(rec, "energy_source", cost->energy.source));
+    }
+done:
+    return st;
+}
+
+static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record *rec, const char *started, const stage_cost *cost) {
     cpl_status st = CPL_OK;
     char path[PATH_SIZE], finished[32];
     now_text(finished, sizeof finished);
@@ -185,7 +222,7 @@ static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record 
     CPL_TRY(cpl_record_text(rec, "status", "done"));
     CPL_TRY(cpl_record_text(rec, "started", started));
     CPL_TRY(cpl_record_text(rec, "finished", finished));
-    CPL_TRY(cpl_record_f64(rec, "wall_s", wall_s));
+    CPL_TRY(record_cost(rec, cost));
     CPL_TRY(cpl_record_i64(rec, "ranks", cpl_comm_size(ctx->world)));
     if (s->model != NULL) {
         CPL_TRY(cpl_record_text(rec, "model", s->model + strlen(ctx->out) + 1));
@@ -328,6 +365,8 @@ static cpl_status make_folder(const char *path) {
 static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
     cpl_status st = CPL_OK;
     cpl_record *rec = NULL;
+    cpl_energy_phase phase;
+    stage_cost cost = {0};
     char started[32];
     double start = cpl_now();
     now_text(started, sizeof started);
@@ -338,9 +377,12 @@ static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
     }
     CPL_TRY(cpl_agree(ctx->world, local));
     cpl_device_peak_restart(ctx->dev);
+    cpl_energy_begin(&phase, ctx->dev);
     CPL_TRY(s->kind->run(ctx, s, rec));
+    CPL_TRY(measure_cost(ctx, &phase, &cost));
+    cost.wall_s = cpl_now() - start;
     if (is_root(ctx)) {
-        local = write_record(ctx, s, rec, started, cpl_now() - start);
+        local = write_record(ctx, s, rec, started, &cost);
         if (local == CPL_OK) {
             local = cpl_study_results(ctx);
         }

@@ -80,7 +80,7 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, c
         return CPL_OK;
     }
     CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &plan, &ms));
-    if (pre != NULL && dt != CPL_F32) { /* its tanh has 11 bits */
+    if (pre != NULL && cpl_dtype_storage(dt) != CPL_F32) { /* its tanh has 11 bits */
         separate s = {.dev = dev, .dt = dt, .to = dx, .from = pre, .R = R, .N = K};
         product.after = CPL_AFTER_GELU_GRAD;
         CPL_TRY(cpl_cuda_product_find(dev, &product, &data, &fused, &fused_ms));

@@ -75,7 +75,8 @@ static cpl_status describe(cpl_product_plan *plan) {
     cublasLtEpilogue_t epilogue = epilogue_of(p);
     const char *doing = "describe a product";
     cudaDataType_t type = type_of(p->dt), d_type = p->wide ? CUDA_R_32F : type;
-    CPL_LT(doing, cublasLtMatmulDescCreate(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasComputeType_t compute = p->dt == CPL_TF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    CPL_LT(doing, cublasLtMatmulDescCreate(&plan->desc, compute, CUDA_R_32F));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSA, &ops[0], sizeof ops[0]));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSB, &ops[1], sizeof ops[1]));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
@@ -310,7 +311,7 @@ cpl_status cpl_cuda_linear_open(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
     CPL_TRY(cpl_alloc(&cuda->linear, 1, sizeof *cuda->linear, "matrix library"));
     CPL_LT("open cuBLASLt", cublasLtCreate(&cuda->linear->handle));
-    CPL_CUDA_TRY("workspace of cuBLASLt", cudaMalloc(&cuda->linear->workspace, WORKSPACE_BYTES));
+    CPL_TRY(cpl_device_alloc(dev, &cuda->linear->workspace, WORKSPACE_BYTES, 1, "workspace of cuBLASLt"));
     CPL_TRY(cpl_tuning_open(&cuda->linear->tuning, dev->name, (int64_t)cublasLtGetVersion()));
 done:
     return st;
@@ -326,7 +327,7 @@ void cpl_cuda_linear_close(cpl_device *dev) {
         cuda->linear->plans = plan->next;
         plan_destroy(plan);
     }
-    cudaFree(cuda->linear->workspace);
+    cpl_device_free(dev, &cuda->linear->workspace);
     if (cuda->linear->handle != NULL) {
         cublasLtDestroy(cuda->linear->handle);
     }

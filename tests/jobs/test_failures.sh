@@ -24,14 +24,22 @@ timeout 60 mpirun -n 1 "$CUPEL" run job.yaml --quiet --out out : -n 1 sh -c 'cd 
 ends_with 1 "rank 1: text.txt: the corpus has"
 [[ ! -e out ]] || fail "a job that could not begin made its folder"
 
-# Rank 2 of 3 may use less memory than its part of a large model takes. (The sanitizers need more address space than that.)
-if [[ -z ${CUPEL_SANITIZE:-} ]]; then
+# Rank 2 of 3 may take less device memory than its part of the model.
+status=0
+big=(--quiet --out big --set teacher.width=256 --set teacher.heads=8 --set run.device=cpu)
+timeout 100 mpirun -n 2 "$CUPEL" run job.yaml "${big[@]}" : -n 1 env CUPEL_DEVICE_BYTES=4Mi "$CUPEL" run job.yaml "${big[@]}" >out.txt 2>&1 </dev/null || status=$?
+ends_with 1 "rank 2: "
+has out.txt "bytes wanted on"
+has out.txt "CUPEL_DEVICE_BYTES allows 4194304"
+
+# TF32 is the GPU's: told before anything is made.
+tiny_study study.yaml
+for option in teacher student pruned measured grid; do
     status=0
-    big=(--quiet --out big --set teacher.width=768 --set teacher.heads=8 --set teacher.layers=8 --set teacher.precision=fp32)
-    timeout 100 mpirun -n 2 "$CUPEL" run job.yaml "${big[@]}" : -n 1 sh -c 'ulimit -v 700000; exec "$0" "$@"' "$CUPEL" run job.yaml "${big[@]}" >out.txt 2>&1 </dev/null || status=$?
-    ends_with 1 "rank 2: "
-    grep -qE 'memory|bytes' out.txt || { cat out.txt >&2; fail "the message does not speak of memory"; }
-fi
+    ranks 2 "$CUPEL" run study.yaml --quiet --out tf32 --set $option.precision=tf32 --set run.device=cpu >out.txt 2>&1 || status=$?
+    ends_with 2 "$option: precision: tf32 needs a GPU"
+    [[ ! -e tf32 ]] || fail "a job that could not begin made its folder"
+done
 
 # A folder that cannot be written to: found by rank 0, told once.
 status=0
