@@ -12,7 +12,14 @@
 #include <string.h>
 
 int64_t cpl_plan_memory_sum(const cpl_plan_memory *m) {
-    return m->weights + m->gradients + m->moments + m->activations + m->teacher + m->other;
+    return m->weights + m->gradients + m->moments + m->activations + m->teacher + m->other + m->workspaces;
+}
+
+bool cpl_plan_has(const char *kind) {
+    const cpl_pass nothing = {0};
+    int64_t bytes = -1;
+    cpl_device_pass_bytes(kind, &nothing, &bytes);
+    return bytes >= 0;
 }
 
 static void keep_larger(cpl_plan_memory *most, const cpl_plan_memory *m) {
@@ -31,6 +38,20 @@ static cpl_status workspace(const cpl_layout *l, cpl_dtype dt, int64_t B, bool t
     *bytes += (int64_t)n;
 done:
     return st;
+}
+
+/* What operations take for themselves in passes over B sequences (0: none) and over flat buffers of the layout. */
+static int64_t workspaces(const char *kind, const cpl_layout *l, cpl_dtype dt, int64_t B, bool training) {
+    const cpl_pass pass = {.dt = cpl_dtype_storage(dt),
+                           .B = B,
+                           .T = l->shape.context,
+                           .C = l->shape.width,
+                           .H = l->shape.heads,
+                           .flat = l->total,
+                           .training = training};
+    int64_t bytes = 0;
+    cpl_device_pass_bytes(kind, &pass, &bytes);
+    return bytes;
 }
 
 /* The device is known when a run begins; a plan is made without one. */
@@ -55,7 +76,8 @@ static double evaluation_flops(const cpl_context *ctx, const cpl_model_shape *s)
 }
 
 /* The trainer's memory: cpl_optimizer_create, cpl_steps_create, and what trainer.c allocates. */
-static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked, cpl_plan_memory *m) {
+static cpl_status training_memory(const char *kind, const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked,
+                                  cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
     cpl_dtype dt = cpl_precision_dtype(t->precision);
     int64_t G = t->global_batch / t->micro_batch, mine = (G + ranks - 1) / ranks;
@@ -75,16 +97,19 @@ static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, in
         m->gradients += 4 * l->total;
     }
     CPL_TRY(workspace(l, dt, t->micro_batch, true, t->recompute, &m->activations));
+    m->workspaces = workspaces(kind, l, dt, t->micro_batch, true);
 done:
     return st;
 }
 
 /* Weights uploaded (f32 ones pass through a buffer), a workspace for evaluation, another for latency. */
-static cpl_status evaluation_memory(const cpl_layout *l, cpl_dtype dt, int64_t B, int64_t latency_runs, cpl_plan_memory *m) {
+static cpl_status evaluation_memory(const char *kind, const cpl_layout *l, cpl_dtype dt, int64_t B, int64_t latency_runs,
+                                    cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
     cpl_plan_memory upload = {.weights = l->total * (int64_t)cpl_dtype_size(dt),
-                              .other = cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * l->total};
-    *m = (cpl_plan_memory){.weights = upload.weights};
+                              .other = cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * l->total,
+                              .workspaces = workspaces(kind, l, dt, 0, false)};
+    *m = (cpl_plan_memory){.weights = upload.weights, .workspaces = workspaces(kind, l, dt, B, false)};
     CPL_TRY(workspace(l, dt, B, false, CPL_RECOMPUTE_NONE, &m->activations));
     int64_t buffers[2] = {evaluation_buffers(l, B), 0}, activations = m->activations;
     if (latency_runs > 0) {
@@ -117,7 +142,7 @@ static cpl_status training(const cpl_context *ctx, const cpl_layout *l, const cp
     out->tokens = (double)steps * (double)out->step_tokens;
     out->epochs = (double)steps * (double)t->global_batch / (double)train.windows;
     out->flops += out->tokens * cpl_flops_training(&l->shape) + (double)evaluations * evaluation_flops(ctx, &l->shape);
-    CPL_TRY(training_memory(l, t, ranks, masked, &out->memory));
+    CPL_TRY(training_memory(out->kind, l, t, ranks, masked, &out->memory));
 done:
     return st;
 }
@@ -143,7 +168,10 @@ static cpl_status plan_distill(const cpl_context *ctx, const cpl_stage *stage, c
     CPL_TRY(workspace(large, dt, o->training.micro_batch, false, CPL_RECOMPUTE_NONE, &out->memory.teacher));
     out->memory.teacher += large->total * (int64_t)cpl_dtype_size(dt);
     cpl_plan_memory upload = {.teacher = large->total *
-                                         (int64_t)(cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : sizeof(float)))};
+                                         (int64_t)(cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : sizeof(float))),
+                              .workspaces = workspaces(out->kind, large, dt, 0, false)};
+    int64_t forward = workspaces(out->kind, large, dt, o->training.micro_batch, false);
+    out->memory.workspaces = forward > out->memory.workspaces ? forward : out->memory.workspaces;
     keep_larger(&out->memory, &upload); /* f32 weights pass through a buffer */
 done:
     cpl_layout_destroy(&large);
@@ -160,7 +188,8 @@ static cpl_status plan_prune(const cpl_context *ctx, const cpl_stage *stage, con
         out->stored = 13 * l->total;
     } else {
         CPL_TRY(precision_check(ctx, o->training.precision, stage->name));
-        CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->training.precision), o->training.micro_batch, 0, &out->memory));
+        CPL_TRY(
+            evaluation_memory(out->kind, l, cpl_precision_dtype(o->training.precision), o->training.micro_batch, 0, &out->memory));
         out->flops = evaluation_flops(ctx, &l->shape);
         out->stored = 5 * l->total;
     }
@@ -173,7 +202,7 @@ done:
 static cpl_status plan_quantize(const cpl_context *ctx, const cpl_stage *stage, const cpl_layout *l, cpl_stage_plan *out) {
     cpl_status st = CPL_OK;
     const cpl_quantize_options *o = stage->options;
-    cpl_plan_memory together = {.weights = 4 * l->total};
+    cpl_plan_memory together = {.weights = 4 * l->total, .workspaces = workspaces(out->kind, l, CPL_F32, 0, false)};
     out->stored = 4 * l->total;
     for (int64_t i = 0; i < l->count; i++) {
         const cpl_param *p = &l->param[i];
@@ -187,7 +216,7 @@ static cpl_status plan_quantize(const cpl_context *ctx, const cpl_stage *stage, 
         out->stored += cpl_pack_row_bytes(spec.bits, p->cols) * p->rows + 5 * groups;
         together.other = 5 * (n + groups) > together.other ? 5 * (n + groups) : together.other;
     }
-    CPL_TRY(evaluation_memory(l, CPL_F32, 8, 0, &out->memory));
+    CPL_TRY(evaluation_memory(out->kind, l, CPL_F32, 8, 0, &out->memory));
     keep_larger(&out->memory, &together);
     out->flops = evaluation_flops(ctx, &l->shape);
 done:
@@ -200,7 +229,7 @@ static cpl_status plan_eval(const cpl_context *ctx, const cpl_stage *stage, cons
     double forward = (double)l->shape.context * cpl_flops_forward(&l->shape);
     out->flops = evaluation_flops(ctx, &l->shape) + (double)(o->latency_runs > 0 ? o->latency_runs + 2 : 0) * forward;
     CPL_TRY(precision_check(ctx, o->precision, stage->name));
-    CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &out->memory));
+    CPL_TRY(evaluation_memory(out->kind, l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &out->memory));
 done:
     return st;
 }
@@ -210,7 +239,7 @@ static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, con
     cpl_status st = CPL_OK;
     const cpl_sweep_options *o = stage->options;
     cpl_plan_memory m = {0};
-    cpl_stage_plan tuning = {0};
+    cpl_stage_plan tuning = {.kind = out->kind};
     if (trial->prunes && trial->prune.finetune_steps > 0) {
         CPL_TRY(training(ctx, l, &trial->prune.training, trial->prune.finetune_steps, ranks, true, stage->name, &tuning));
         keep_larger(&out->memory, &tuning.memory);
@@ -218,11 +247,12 @@ static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, con
         out->flops += tuning.flops;
     }
     if (trial->prunes) {
-        cpl_plan_memory gathered = {.weights = 4 * l->total, .moments = l->total};
+        cpl_plan_memory gathered = {
+            .weights = 4 * l->total, .moments = l->total, .workspaces = workspaces(out->kind, l, CPL_F32, 0, false)};
         keep_larger(&out->memory, &gathered);
     }
     CPL_TRY(precision_check(ctx, o->precision, stage->name));
-    CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &m));
+    CPL_TRY(evaluation_memory(out->kind, l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &m));
     keep_larger(&out->memory, &m);
     out->flops += evaluation_flops(ctx, &l->shape) +
                   (double)(o->latency_runs > 0 ? o->latency_runs + 2 : 0) * (double)l->shape.context * cpl_flops_forward(&l->shape);
@@ -248,7 +278,7 @@ static cpl_status plan_sweep(const cpl_context *ctx, const cpl_stage *stage, con
         CPL_TRY(cpl_arena_create(&arena));
         CPL_TRY(cpl_grid_trial(g, i, &trial, arena));
         CPL_TRY(cpl_layout_create(&l, &inputs[trial.model]));
-        cpl_stage_plan one = {0};
+        cpl_stage_plan one = {.kind = out->kind};
         CPL_TRY(plan_trial(ctx, stage, &trial, l, o->group_ranks, &one));
         keep_larger(&out->memory, &one.memory);
         if (next < trials->n_missing && trials->missing[next] == i) {
@@ -303,11 +333,14 @@ static cpl_status shape_of(const cpl_context *ctx, const cpl_stage *stage, const
 }
 
 cpl_status cpl_stage_plan_make(const cpl_context *ctx, const cpl_stage *stage, const cpl_model_shape *inputs, int64_t ranks,
-                               const cpl_sweep_plan *trials, cpl_stage_plan *out) {
+                               const char *kind, const cpl_sweep_plan *trials, cpl_stage_plan *out) {
     cpl_status st = CPL_OK;
     cpl_layout *l = NULL;
     cpl_split train, val;
-    *out = (cpl_stage_plan){.leaves_model = stage->model != NULL};
+    *out = (cpl_stage_plan){.kind = kind, .leaves_model = stage->model != NULL};
+    if (!cpl_plan_has(kind)) {
+        CPL_FAIL(CPL_UNSUPPORTED, "%s: back end '%s' is not in this build", stage->name, kind);
+    }
     CPL_TRY(shape_of(ctx, stage, inputs, &out->shape));
     cpl_context_splits(ctx, out->shape.context, &train, &val);
     CPL_TRY(cpl_fail_context(cpl_split_check(&val, 1, "held-out text"), "%s", stage->name));

@@ -18,6 +18,8 @@ typedef struct {
     void (*free)(cpl_device *dev, void *memory, size_t bytes);
     void (*memory)(cpl_device *dev, size_t *left, size_t *all); /* of the whole device, by its driver; NULL: not known */
     void (*energy)(cpl_device *dev, cpl_energy *out);           /* *out is zeroed; NULL: not measured */
+    void (*trim)(cpl_device *dev);                              /* NULL: keeps nothing that is counted */
+    int64_t (*pass_bytes)(const cpl_pass *pass);                /* NULL: it is not in this build */
     int (*gpus)(cpl_gpu *list, int most);                       /* NULL, and link: it has none */
     cpl_gpu_link (*link)(const cpl_gpu *from, const cpl_gpu *to);
     /* NULL in all of these: the device is the host, memory is plain and operations are over when they return. */

@@ -190,6 +190,21 @@ size_t cpl_device_memory_room(const cpl_device *dev) {
     return room;
 }
 
+void cpl_device_trim(cpl_device *dev) {
+    if (shared_of(dev)->backend->trim != NULL) {
+        shared_of(dev)->backend->trim(dev);
+    }
+}
+
+void cpl_device_pass_bytes(const char *kind, const cpl_pass *pass, int64_t *bytes) {
+    *bytes = -1;
+    for (int i = 0; i < BACKENDS; i++) {
+        if (strcmp(backends[i]->kind, kind) == 0 && backends[i]->pass_bytes != NULL) {
+            *bytes = backends[i]->pass_bytes(pass);
+        }
+    }
+}
+
 void cpl_device_energy(cpl_device *dev, cpl_energy *out) {
     const cpl_backend *backend = shared_of(dev)->backend;
     memset(out, 0, sizeof *out);

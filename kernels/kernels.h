@@ -113,6 +113,20 @@ int cpl_device_threads(const cpl_device *dev);
 /* Whether linear layers can be computed in dt here: CPL_TF32 needs a GPU. */
 bool cpl_device_has(const cpl_device *dev, cpl_dtype dt);
 
+/* Frees what operations keep for the next call of the same, where no graph is recorded. */
+void cpl_device_trim(cpl_device *dev);
+
+/* Passes over a micro-batch, as far as the operations' own memory depends on them. */
+typedef struct {
+    cpl_dtype dt;
+    int64_t B, T, C, H; /* B 0: none, flat buffers alone */
+    int64_t flat;       /* elements of the largest flat buffer that is summed or searched */
+    bool training;      /* backward too */
+} cpl_pass;
+/* Device memory that operations take for themselves in such passes, counted as held: partial sums, workspaces of libraries. kind:
+ * of a back end. *bytes -1: this build lacks it. Needs no device. */
+void cpl_device_pass_bytes(const char *kind, const cpl_pass *pass, int64_t *bytes);
+
 /* Energy drawn until now by the whole GPU, or by the processor packages of the host: only differences of one meter mean something.
  * Devices with the same meter draw the same joules. */
 typedef struct {

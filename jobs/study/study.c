@@ -3,8 +3,9 @@
 #include "jobs/study/study.h"
 #include "cupel_version.h"
 #include "io/base/log.h"
-#include "jobs/energy.h"
 #include "jobs/store.h"
+#include "jobs/study/cost.h"
+#include "jobs/study/fit.h"
 #include <dirent.h>
 #include <errno.h>
 #include <math.h>
@@ -177,43 +178,8 @@ done:
     return st;
 }
 
-/* What a stage took, over all ranks. */
-typedef struct {
-    double wall_s;
-    int64_t bytes_peak, bytes_used; /* the most of a rank; used 0: not known */
-    cpl_energy_drawn energy;
-} stage_cost;
-
-/* Collective. */
-static cpl_status measure_cost(cpl_context *ctx, const cpl_energy_phase *phase, stage_cost *cost) {
-    cpl_status st = CPL_OK;
-    size_t held = 0, peak = 0;
-    cpl_device_memory(ctx->dev, &held, &peak);
-    int64_t bytes[2] = {(int64_t)peak, (int64_t)cpl_device_memory_used(ctx->dev)};
-    CPL_TRY(cpl_energy_end(phase, ctx->world, ctx->dev, &cost->energy));
-    CPL_TRY(cpl_comm_allreduce_i64(ctx->world, bytes, 2, CPL_MAX));
-    cost->bytes_peak = bytes[0];
-    cost->bytes_used = bytes[1];
-done:
-    return st;
-}
-
-static cpl_status record_cost(cpl_record *rec, const stage_cost *cost) {
-    cpl_status st = CPL_OK;
-    CPL_TRY(cpl_record_f64(rec, "wall_s", cost->wall_s));
-    CPL_TRY(cpl_record_i64(rec, "device_bytes_peak", cost->bytes_peak));
-    if (cost->bytes_used > 0) {
-        CPL_TRY(cpl_record_i64(rec, "device_bytes_used", cost->bytes_used));
-    }
-    if (!isnan(cost->energy.joules)) {
-        CPL_TRY(cpl_record_f64(rec, "energy_j", cost->energy.joules));
-        CPL_TRY(cpl_record_text(rec, "energy_source", cost->energy.source));
-    }
-done:
-    return st;
-}
-
-static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record *rec, const char *started, const stage_cost *cost) {
+static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record *rec, const char *started,
+                               const cpl_stage_cost *cost) {
     cpl_status st = CPL_OK;
     char path[PATH_SIZE], finished[32];
     now_text(finished, sizeof finished);
@@ -222,7 +188,7 @@ static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record 
     CPL_TRY(cpl_record_text(rec, "status", "done"));
     CPL_TRY(cpl_record_text(rec, "started", started));
     CPL_TRY(cpl_record_text(rec, "finished", finished));
-    CPL_TRY(record_cost(rec, cost));
+    CPL_TRY(cpl_stage_cost_record(rec, cost));
     CPL_TRY(cpl_record_i64(rec, "ranks", cpl_comm_size(ctx->world)));
     if (s->model != NULL) {
         CPL_TRY(cpl_record_text(rec, "model", s->model + strlen(ctx->out) + 1));
@@ -365,10 +331,8 @@ static cpl_status make_folder(const char *path) {
 static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
     cpl_status st = CPL_OK;
     cpl_record *rec = NULL;
-    cpl_energy_phase phase;
-    stage_cost cost = {0};
+    cpl_stage_cost cost;
     char started[32];
-    double start = cpl_now();
     now_text(started, sizeof started);
     cpl_log_event("stage_started", "\"stage\":\"%s\",\"kind\":\"%s\",\"key\":\"%s\"", s->name, s->kind->name, s->key);
     cpl_status local = cpl_record_create(&rec);
@@ -376,11 +340,10 @@ static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
         local = make_folder(s->folder);
     }
     CPL_TRY(cpl_agree(ctx->world, local));
-    cpl_device_peak_restart(ctx->dev);
-    cpl_energy_begin(&phase, ctx->dev);
-    CPL_TRY(s->kind->run(ctx, s, rec));
-    CPL_TRY(measure_cost(ctx, &phase, &cost));
-    cost.wall_s = cpl_now() - start;
+    cpl_stage_cost_begin(&cost, ctx->dev);
+    st = s->kind->run(ctx, s, rec);
+    CPL_TRY(st == CPL_NO_MEMORY ? cpl_stage_fit(ctx, s, st) : st);
+    CPL_TRY(cpl_stage_cost_end(&cost, ctx->world, ctx->dev));
     if (is_root(ctx)) {
         local = write_record(ctx, s, rec, started, &cost);
         if (local == CPL_OK) {
@@ -388,7 +351,7 @@ static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
         }
     }
     CPL_TRY(cpl_agree(ctx->world, local));
-    cpl_log_event("stage_done", "\"stage\":\"%s\",\"wall_s\":%.3f", s->name, cpl_now() - start);
+    cpl_log_event("stage_done", "\"stage\":\"%s\",\"wall_s\":%.3f", s->name, cost.wall_s);
 done:
     cpl_record_destroy(&rec);
     return st;

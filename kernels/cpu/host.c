@@ -178,6 +178,11 @@ static void cpu_describe(const cpl_device *dev, void (*line)(const char *key, co
     line("energy", text, to);
 }
 
+/* Scratch memory of the operations is not counted as the device's. */
+static int64_t cpu_pass_bytes(const cpl_pass *pass) {
+    return 0;
+}
+
 static void cpu_energy(cpl_device *dev, cpl_energy *out) {
     cpl_cpu *cpu = dev->impl;
     cpl_rapl_read(&cpu->rapl, out);
@@ -190,6 +195,7 @@ const cpl_backend cpl_cpu_backend = {
     .alloc = cpu_alloc,
     .free = cpu_free,
     .energy = cpu_energy,
+    .pass_bytes = cpu_pass_bytes,
     .threads = cpu_threads,
     .describe = cpu_describe,
 };

@@ -26,6 +26,7 @@ enum {
     CPL_CUDA_SCRATCH_COUNT
 };
 
+enum { CPL_CUDA_PRODUCT_WORKSPACE = 64 << 20 };      /* bytes, of cuBLASLt: kernels/cuda/product.c */
 enum { CPL_CUDA_TABLES = 64, CPL_CUDA_OLDEST = 80 }; /* oldest: sm_80 */
 
 typedef struct {
@@ -77,7 +78,8 @@ cpl_status cpl_cuda_scratch(cpl_device *dev, int slot, size_t bytes, void *out);
 /* *out = a device copy of a small host table, made once for the same bytes; borrowed. Errors: as cpl_cuda_scratch. */
 cpl_status cpl_cuda_constant(cpl_device *dev, const void *host, size_t bytes, const void **out);
 
-/* kernels/cuda/describe.c: see kernels/backend.h. */
+/* kernels/cuda/describe.c, scratch.c: see kernels/backend.h. */
+int64_t cpl_cuda_pass_bytes(const cpl_pass *pass);
 int cpl_cuda_gpus(cpl_gpu *list, int most);
 cpl_gpu_link cpl_cuda_link(const cpl_gpu *from, const cpl_gpu *to);
 void cpl_cuda_energy(cpl_device *dev, cpl_energy *out);

@@ -134,6 +134,14 @@ done:
     return st;
 }
 
+static void trim(cpl_device *dev) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    for (int i = 0; i < CPL_CUDA_SCRATCH_COUNT && cuda->graphs == 0; i++) {
+        cpl_device_free(dev, &cuda->scratch[i]);
+        cuda->scratch_bytes[i] = 0;
+    }
+}
+
 cpl_status cpl_cuda_constant(cpl_device *dev, const void *host, size_t bytes, const void **out) {
     cpl_status st = CPL_OK;
     cpl_cuda *cuda = cpl_cuda_of(dev);
@@ -359,6 +367,8 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .free = release,
                                       .memory = look_at_memory,
                                       .energy = cpl_cuda_energy,
+                                      .trim = trim,
+                                      .pass_bytes = cpl_cuda_pass_bytes,
                                       .gpus = cpl_cuda_gpus,
                                       .link = cpl_cuda_link,
                                       .host_alloc = allocate_host,

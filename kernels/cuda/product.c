@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { OFFERED_MAX = 64, FINALISTS = 6, ROUNDS = 7, WORKSPACE_BYTES = 64 << 20, ALIGNMENT_MAX = 256 };
+enum { OFFERED_MAX = 64, FINALISTS = 6, ROUNDS = 7, WORKSPACE_BYTES = CPL_CUDA_PRODUCT_WORKSPACE, ALIGNMENT_MAX = 256 };
 
 struct cpl_product_plan {
     cpl_product product;

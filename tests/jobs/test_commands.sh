@@ -42,7 +42,7 @@ refused 2 "unexpected argument 'memory'" bench ops memory
 
 # info
 "$CUPEL" info >out 2>err || fail "info"
-for key in cupel revision build MPI HDF5 'instruction set' 'matrix library' 'bf16 products' threads CUDA 'rank 0'; do
+for key in cupel revision build MPI HDF5 'instruction set' 'matrix library' 'bf16 products' threads energy CUDA 'rank 0'; do
     grep -q "^ $key  *[^ ]" out || { cat out >&2; fail "info does not say: $key"; }
 done
 ranks 2 "$CUPEL" info >out 2>err || fail "info on 2 ranks"

@@ -32,6 +32,23 @@ ends_with 1 "rank 2: "
 has out.txt "bytes wanted on"
 has out.txt "CUPEL_DEVICE_BYTES allows 4194304"
 
+# What would fit is told, and does; the next larger one does not.
+big=(--quiet --out fits --set run.device=cpu --set teacher.width=64 --set teacher.layers=6 --set teacher.micro_batch=8 --set teacher.optimizer=sharded)
+limited() { CUPEL_DEVICE_BYTES=5300k ranks 2 "$CUPEL" run job.yaml "${big[@]}" "$@" >out.txt 2>&1; }
+status=0
+limited || status=$?
+ends_with 1 "what would fit: micro_batch 2 with recompute none, or micro_batch 4 with recompute gelu, or micro_batch 8 with recompute block"
+limited --set teacher.micro_batch=4 && fail "micro_batch 4 fits, and 2 is said to be the largest"
+for pair in 2:none 4:gelu 8:block; do
+    limited --set teacher.micro_batch=${pair%:*} --set teacher.recompute=${pair#*:} || { cat out.txt >&2; fail "$pair does not fit"; }
+done
+status=0
+CUPEL_DEVICE_BYTES=100k ranks 2 "$CUPEL" run job.yaml "${big[@]}" --out none >out.txt 2>&1 || status=$?
+ends_with 1 "no micro_batch would fit"
+status=0
+CUPEL_DEVICE_BYTES=much "$CUPEL" run job.yaml "${big[@]}" --out none >out.txt 2>&1 || status=$?
+ends_with 2 "CUPEL_DEVICE_BYTES=much"
+
 # TF32 is the GPU's: told before anything is made.
 tiny_study study.yaml
 for option in teacher student pruned measured grid; do
