@@ -1,7 +1,7 @@
 # Energy in the results, from counters made like the kernel's that rise while the jobs run: once however many ranks share them, absent
 # where there are none; a sweep's score and front by energy only where a trial's can be told.
 # Refuses a figure that is more than what the counter rose.
-# ctest: TIMEOUT 300
+# ctest: TIMEOUT 900
 . "$CUPEL_SOURCE/tests/jobs/tiny.sh"
 tiny_text text.txt 3000
 tiny_study job.yaml
