@@ -178,6 +178,32 @@ done:
     return st;
 }
 
+/* Collective: auto is what CUPEL_DEVICE says, the same on all ranks. */
+static cpl_status preferred(cpl_comm *world, const char **backend) {
+    static const char *const names[] = {"auto", "cpu", "cuda"};
+    cpl_status st = CPL_OK;
+    const char *said = getenv("CUPEL_DEVICE");
+    int64_t least = 0, most = 0;
+    if (strcmp(*backend, "auto") == 0 && said != NULL && said[0] != '\0') {
+        while (most < 3 && strcmp(said, names[most]) != 0) {
+            most++;
+        }
+    }
+    if (most == 3) {
+        st = cpl_fail(CPL_USAGE, __FILE__, __LINE__, "CUPEL_DEVICE=%s in the environment: expected auto, cpu or cuda", said);
+    }
+    CPL_TRY(cpl_agree(world, st));
+    least = most;
+    CPL_TRY(cpl_comm_allreduce_i64(world, &least, 1, CPL_MIN));
+    CPL_TRY(cpl_comm_allreduce_i64(world, &most, 1, CPL_MAX));
+    if (least != most) {
+        CPL_FAIL(CPL_USAGE, "CUPEL_DEVICE in the environment: %s for some ranks, %s for others", names[least], names[most]);
+    }
+    *backend = most == 0 ? *backend : names[most];
+done:
+    return st;
+}
+
 cpl_status cpl_job_device(cpl_comm *world, int choice, int64_t threads, int64_t ranks_per_gpu, cpl_device **dev) {
     cpl_status st = CPL_OK;
     static const char *const names[] = {"auto", "cpu", "cuda"};
@@ -188,6 +214,7 @@ cpl_status cpl_job_device(cpl_comm *world, int choice, int64_t threads, int64_t 
     if (threads == 0 && unset) {
         CPL_TRY(share_of_cores(world, &threads));
     }
+    CPL_TRY(preferred(world, &backend));
     if (strcmp(backend, "cpu") != 0) {
         CPL_TRY(cpl_agree(world, sharing_allowed(&ranks_per_gpu)));
         CPL_TRY(choose(world, ranks_per_gpu, &backend, &gpu));
