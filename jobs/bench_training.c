@@ -88,7 +88,7 @@ static cpl_status allocate(cpl_bench_trainer *t) {
     const cpl_bench *b = t->b;
     int64_t R = b->o->micro_batch * b->o->context;
     int32_t *host = NULL;
-    CPL_TRY(cpl_workspace_create(&t->ws, b->dev, b->layout, b->dt, b->o->micro_batch, true, CPL_RECOMPUTE_NONE, 0));
+    CPL_TRY(cpl_workspace_create(&t->ws, b->dev, b->layout, b->product, b->o->micro_batch, true, CPL_RECOMPUTE_NONE, 0));
     CPL_TRY(cpl_steps_create(&t->steps, &t->spec, t->opt, t->ws, t->metrics));
     CPL_TRY(cpl_alloc(&host, (size_t)R, sizeof *host, "bench"));
     CPL_TRY(cpl_corpus_read(t->corpus, 0, R, host));

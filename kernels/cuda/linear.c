@@ -92,6 +92,7 @@ done:
 cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
                                 cpl_activation activation, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage(dt);
     bool gelu = activation != CPL_ACT_NONE, gelu_fused = false, own = false, biased = bias != NULL;
     cpl_product product = {.dt = dt, .transposed_a = 1, .m = N, .n = R, .k = K};
     cpl_product_data data = {.a = w, .b = x, .d = gelu && pre != NULL ? pre : y, .vector = (void *)(uintptr_t)bias};
@@ -105,9 +106,9 @@ cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pr
         biased = false;
         CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
     }
-    if (gelu && biased && dt != CPL_F32) {
-        separate s = {.dev = dev, .dt = dt, .to = y, .from = data.d, .R = R, .N = N};
-        own_product o = {.dev = dev, .dt = dt, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
+    if (gelu && biased && act != CPL_F32) {
+        separate s = {.dev = dev, .dt = act, .to = y, .from = data.d, .R = R, .N = N};
+        own_product o = {.dev = dev, .dt = act, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
         if (activation == CPL_ACT_GELU) {
             CPL_TRY(find(dev, &product, pre != NULL ? CPL_AFTER_GELU_KEPT : CPL_AFTER_GELU, &with_gelu, &other));
         }
@@ -119,10 +120,10 @@ cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pr
     }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, gelu_fused ? &with_gelu : &data));
     if (bias != NULL && !biased) {
-        CPL_TRY(cpl_cuda_add_bias(dev, dt, data.d, bias, R, N));
+        CPL_TRY(cpl_cuda_add_bias(dev, act, data.d, bias, R, N));
     }
     if (gelu && !gelu_fused) {
-        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, dt, y, data.d, R * N));
+        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, act, y, data.d, R * N));
     }
 done:
     return st;
@@ -136,6 +137,7 @@ static cpl_status sums_scratch(cpl_device *dev, int64_t n, float **sums) {
 cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
                                       const void *pre, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage(dt);
     cpl_product product = {.dt = dt, .m = K, .n = R, .k = N};
     cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = (void *)(uintptr_t)pre};
     choice best, other = {.ms = INFINITY};
@@ -145,14 +147,14 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
         return CPL_OK;
     }
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
-    if (pre != NULL && dt != CPL_F32) {
-        separate s = {.dev = dev, .dt = dt, .to = dx, .from = pre, .R = R, .N = K};
-        own_product o = {.dev = dev, .dt = dt, .to = dx, .pre = data.aux, .from = dy, .w = w, .R = R, .N = N, .K = K};
+    if (pre != NULL && act != CPL_F32) {
+        separate s = {.dev = dev, .dt = act, .to = dx, .from = pre, .R = R, .N = K};
+        own_product o = {.dev = dev, .dt = act, .to = dx, .pre = data.aux, .from = dy, .w = w, .R = R, .N = N, .K = K};
         CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD, &data, &other));
         CPL_TRY(take_faster("gelu_grad", &s, separate_gelu_grad, &other, &best, &gelu_fused));
         if (dbias != NULL) {
             CPL_TRY(sums_scratch(dev, K, &sums));
-            separate c = {.dev = dev, .dt = dt, .to = sums + K, .from = dx, .R = R, .N = K};
+            separate c = {.dev = dev, .dt = act, .to = sums + K, .from = dx, .R = R, .N = K};
             data.vector = sums;
             other.ms = INFINITY;
             if (gelu_fused) {
@@ -169,10 +171,10 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
     }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
     if (pre != NULL && !gelu_fused) {
-        CPL_TRY(cpl_cuda_gelu_grad(dev, dt, dx, pre, R * K));
+        CPL_TRY(cpl_cuda_gelu_grad(dev, act, dx, pre, R * K));
     }
     if (dbias != NULL) {
-        CPL_TRY(sums_fused ? CPL_CUDA(add_f32)(dev, dbias, sums, K) : cpl_cuda_column_sums(dev, dt, dbias, dx, R, K));
+        CPL_TRY(sums_fused ? CPL_CUDA(add_f32)(dev, dbias, sums, K) : cpl_cuda_column_sums(dev, act, dbias, dx, R, K));
     }
 done:
     return st;
@@ -181,6 +183,7 @@ done:
 cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x,
                                        int64_t R, int64_t N, int64_t K, bool overwrites) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage(dt);
     cpl_product product = {.dt = dt, .wide = 1, .transposed_b = 1, .accumulate = !overwrites, .m = K, .n = N, .k = R};
     cpl_product_data data = {.a = x, .b = dy, .d = dw};
     choice best, other = {.ms = INFINITY};
@@ -192,13 +195,13 @@ cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw,
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
     if (db != NULL) {
         CPL_TRY(sums_scratch(dev, N, &sums));
-        separate s = {.dev = dev, .dt = dt, .to = sums + N, .from = dy, .R = R, .N = N};
+        separate s = {.dev = dev, .dt = act, .to = sums + N, .from = dy, .R = R, .N = N};
         data.vector = sums;
         CPL_TRY(find(dev, &product, CPL_AFTER_BIAS_GRAD, &data, &other));
         CPL_TRY(take_faster("column_sums", &s, separate_column_sums, &other, &best, &sums_fused));
     }
     if (db != NULL && !sums_fused) { /* before the product: the end of dy may be in the cache still */
-        CPL_TRY(cpl_cuda_column_sums(dev, dt, db, dy, R, N));
+        CPL_TRY(cpl_cuda_column_sums(dev, act, db, dy, R, N));
     }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
     if (db != NULL && sums_fused) {
