@@ -87,6 +87,18 @@ void cpl_cuda_energy(cpl_device *dev, cpl_energy *out);
 void cpl_cuda_about(void (*line)(const char *key, const char *value, void *to), void *to);
 void cpl_cuda_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
 
+/* kernels/cuda/graph.c: see kernels/backend.h. */
+cpl_status cpl_cuda_mark(cpl_device *dev, int slot);
+cpl_status cpl_cuda_wait_mark(cpl_device *dev, int slot);
+cpl_status cpl_cuda_mark_ms(cpl_device *dev, int from, int to, double *ms);
+cpl_status cpl_cuda_over_mark(cpl_device *dev, int slot, bool *over);
+cpl_status cpl_cuda_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
+cpl_status cpl_cuda_replay(cpl_device *dev, cpl_graph *graph);
+void cpl_cuda_forget(cpl_device *dev, cpl_graph *graph);
+void cpl_cuda_marks_free(cpl_cuda *cuda);
+/* Scratch memory that was outgrown: no graph is left that may use it. */
+void cpl_cuda_free_outgrown(cpl_device *dev);
+
 cpl_status cpl_cuda_linear_open(cpl_device *dev);
 void cpl_cuda_linear_close(cpl_device *dev);
 void cpl_cuda_attention_close(cpl_device *dev);

@@ -1,4 +1,4 @@
-/* The CUDA back end as a device: memory, streams, marks, recorded graphs.
+/* The CUDA back end as a device: memory, copies, what it opens and closes.
  * Refuses a GPU older than sm_80. */
 #include "kernels/cuda/cuda.h"
 #include <stdio.h>
@@ -6,12 +6,6 @@
 #include <string.h>
 
 extern const cpl_ops cpl_cuda_ops;
-
-struct cpl_graph {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    bool counted; /* among the device's graphs */
-};
 
 cpl_status cpl_cuda_status(cudaError_t error, const char *file, int line, const char *doing) {
     if (error == cudaSuccess) {
@@ -100,7 +94,7 @@ done:
     return st;
 }
 
-static void free_outgrown(cpl_device *dev) {
+void cpl_cuda_free_outgrown(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
     for (size_t i = 0; i < cuda->outgrown_count; i++) {
         cpl_device_free(dev, &cuda->outgrown[i]);
@@ -208,65 +202,7 @@ cpl_status CPL_CUDA(synchronize)(cpl_device *dev) {
     return cpl_cuda_status(cudaStreamSynchronize(cpl_cuda_stream(dev)), __FILE__, __LINE__, "wait for the GPU");
 }
 
-/* --- marks and graphs --- */
-
-static cpl_status make_mark(cpl_cuda *cuda, int slot) {
-    cpl_status st = CPL_OK;
-    cudaEvent_t *grown = NULL;
-    if (slot >= cuda->marks) {
-        int marks = slot + 1 > 2 * cuda->marks ? slot + 1 : 2 * cuda->marks;
-        CPL_TRY(cpl_alloc(&grown, (size_t)marks, sizeof *grown, "marks"));
-        if (cuda->marks > 0) {
-            memcpy(grown, cuda->mark, (size_t)cuda->marks * sizeof *grown);
-        }
-        cpl_free(&cuda->mark);
-        cuda->mark = grown;
-        cuda->marks = marks;
-    }
-    CPL_CUDA_TRY("make an event", cudaEventCreate(&cuda->mark[slot]));
-done:
-    return st;
-}
-
-static cudaEvent_t mark_of(const cpl_cuda *cuda, int slot) {
-    return slot < cuda->marks ? cuda->mark[slot] : NULL;
-}
-
-static cpl_status mark(cpl_device *dev, int slot) {
-    cpl_status st = CPL_OK;
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    if (mark_of(cuda, slot) == NULL) {
-        CPL_TRY(make_mark(cuda, slot));
-    }
-    CPL_CUDA_TRY("mark", cudaEventRecord(cuda->mark[slot], cuda->stream));
-done:
-    return st;
-}
-
-static cpl_status wait_mark(cpl_device *dev, int slot) {
-    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
-    return event == NULL ? CPL_OK : cpl_cuda_status(cudaEventSynchronize(event), __FILE__, __LINE__, "wait for the GPU");
-}
-
-static cpl_status mark_ms(cpl_device *dev, int from, int to, double *ms) {
-    cpl_status st = CPL_OK;
-    float elapsed = 0;
-    cudaEvent_t begin = mark_of(cpl_cuda_of(dev), from), end = mark_of(cpl_cuda_of(dev), to);
-    if (begin == NULL || end == NULL) {
-        CPL_FAIL(CPL_INTERNAL, "time between marks %d and %d: expected both to be set", from, to);
-    }
-    CPL_CUDA_TRY("read the GPU's clock", cudaEventElapsedTime(&elapsed, begin, end));
-    *ms = (double)elapsed;
-done:
-    return st;
-}
-
-static cpl_status over_mark(cpl_device *dev, int slot, bool *over) {
-    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
-    cudaError_t error = event == NULL ? cudaSuccess : cudaEventQuery(event);
-    *over = error == cudaSuccess;
-    return error == cudaErrorNotReady ? CPL_OK : cpl_cuda_status(error, __FILE__, __LINE__, "wait for the GPU");
-}
+/* --- the device --- */
 
 static void identity(const cpl_device *dev, char *out, size_t size) {
     snprintf(out, size, "%s", cpl_cuda_of(dev)->gpu.bus);
@@ -275,52 +211,6 @@ static void identity(const cpl_device *dev, char *out, size_t size) {
 static void *stream(const cpl_device *dev) {
     return cpl_cuda_stream(dev);
 }
-
-static void forget(cpl_device *dev, cpl_graph *graph) {
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    if (graph->counted && --cuda->graphs == 0) {
-        free_outgrown(dev);
-    }
-    if (graph->exec != NULL) {
-        cudaGraphExecDestroy(graph->exec);
-    }
-    if (graph->graph != NULL) {
-        cudaGraphDestroy(graph->graph);
-    }
-    cpl_free(&graph);
-}
-
-static cpl_status record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
-    cpl_status st = CPL_OK;
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    cpl_graph *g = NULL;
-    CPL_TRY(cpl_alloc(&g, 1, sizeof *g, "graph"));
-    CPL_CUDA_TRY("record a graph", cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
-    cuda->recording = true;
-    st = body(context);
-    cuda->recording = false;
-    cudaError_t ended = cudaStreamEndCapture(cuda->stream, &g->graph);
-    CPL_TRY(st);
-    CPL_CUDA_TRY("record a graph", ended);
-    CPL_CUDA_TRY("prepare a recorded graph", cudaGraphInstantiate(&g->exec, g->graph, 0));
-    CPL_CUDA_TRY("prepare a recorded graph", cudaGraphUpload(g->exec, cuda->stream));
-    g->counted = true;
-    cuda->graphs++;
-    *out = g;
-    g = NULL;
-done:
-    if (g != NULL) {
-        (void)cudaGetLastError();
-        forget(dev, g);
-    }
-    return st;
-}
-
-static cpl_status replay(cpl_device *dev, cpl_graph *graph) {
-    return cpl_cuda_status(cudaGraphLaunch(graph->exec, cpl_cuda_stream(dev)), __FILE__, __LINE__, "replay a graph");
-}
-
-/* --- the device --- */
 
 static void close_device(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
@@ -334,12 +224,7 @@ static void close_device(cpl_device *dev) {
     for (int i = 0; i < cuda->tables; i++) {
         cpl_free(&cuda->table[i].host);
     }
-    for (int i = 0; i < cuda->marks; i++) {
-        if (cuda->mark[i] != NULL) {
-            cudaEventDestroy(cuda->mark[i]);
-        }
-    }
-    cpl_free(&cuda->mark);
+    cpl_cuda_marks_free(cuda);
     if (cuda->stream != NULL) {
         cudaStreamDestroy(cuda->stream);
     }
@@ -420,15 +305,15 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .link = cpl_cuda_link,
                                       .host_alloc = allocate_host,
                                       .host_free = release_host,
-                                      .mark = mark,
-                                      .wait = wait_mark,
-                                      .mark_ms = mark_ms,
-                                      .over = over_mark,
+                                      .mark = cpl_cuda_mark,
+                                      .wait = cpl_cuda_wait_mark,
+                                      .mark_ms = cpl_cuda_mark_ms,
+                                      .over = cpl_cuda_over_mark,
                                       .identity = identity,
                                       .stream = stream,
-                                      .record = record,
-                                      .replay = replay,
-                                      .forget = forget,
+                                      .record = cpl_cuda_record,
+                                      .replay = cpl_cuda_replay,
+                                      .forget = cpl_cuda_forget,
                                       .threads = host_threads,
                                       .about = cpl_cuda_about,
                                       .describe = cpl_cuda_describe};

@@ -1,6 +1,7 @@
 /* Linear layers: one product each, with bias, GELU, GELU's derivative and bias gradients in the same pass where that is faster.
  * Refuses cuBLASLt's GELU in f32: its tanh has 11 bits. */
 #include "kernels/cuda/product.h"
+#include "kernels/cuda/scratch.h"
 #include <math.h>
 
 /* An operation that follows a product where it is not fused with it. */
@@ -131,7 +132,7 @@ done:
 
 /* *sums = scratch [n] f32 for a fused sum over rows, and as much behind it for timing another one. */
 static cpl_status sums_scratch(cpl_device *dev, int64_t n, float **sums) {
-    return cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, 2 * (size_t)n * sizeof **sums, sums);
+    return cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, cpl_scratch_linear(n), sums);
 }
 
 cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
