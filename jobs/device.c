@@ -132,16 +132,15 @@ static cpl_status settle(sight *s, cpl_comm *world, int64_t ranks_per_gpu, int *
     if (*gpu < 0) {
         CPL_FAIL(CPL_UNSUPPORTED,
                  "host %s: no GPU is visible to this rank, but to others: start ranks only where there are GPUs, or "
-                 "let all compute on the CPU with --run.device cpu",
+                 "let all compute on the CPU with device: cpu",
                  host);
     }
     if (shared > ranks_per_gpu) {
         CPL_FAIL(CPL_USAGE,
                  "host %s: %d ranks see %d GPU%s, so that %d ranks would share one: start at most %lld there (mpirun --map-by "
-                 "ppr:%lld:node, "
-                 "Slurm --ntasks-per-node), or let them share with --run.ranks_per_gpu %d",
+                 "ppr:%lld:node, Slurm --ntasks-per-node), or let them share with ranks_per_gpu: %d or CUPEL_RANKS_PER_GPU=%d",
                  host, ranks, distinct, distinct == 1 ? "" : "s", shared, (long long)(distinct * ranks_per_gpu),
-                 (long long)(distinct * ranks_per_gpu), shared);
+                 (long long)(distinct * ranks_per_gpu), shared, shared);
     }
 done:
     return st;

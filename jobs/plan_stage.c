@@ -90,7 +90,7 @@ static cpl_status training_memory(const char *kind, const cpl_layout *l, const c
     m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * begin[1]);
     m->gradients = 4 * l->total;
     m->moments = begin[1] * (8 + masked);
-    m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked) - m->weights - m->gradients - m->moments;
+    m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked, strcmp(kind, "cuda") == 0) - m->weights - m->gradients - m->moments;
     int64_t evaluation = evaluation_buffers(l, t->micro_batch), histogram = 8 * CPL_M_GROUPS * CPL_M_EXPONENTS + 4;
     m->other += cpl_steps_bytes(l, t, (int)ranks) + (evaluation > histogram ? evaluation : histogram); /* one after the other */
     for (int64_t n = mine; t->reduction == CPL_REDUCTION_TREE && n > 1; n = (n + 1) / 2) {

@@ -165,7 +165,7 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
     cpl_free(opt);
 }
 
-int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked) {
+int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl) {
     int64_t each = (chunks_of(layout) + ranks - 1) / ranks * CPL_SUM_CHUNK; /* as cpl_layout_shards */
     int64_t begin = 0, end = layout->total, longest = each < end ? each : end;
     if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
@@ -175,7 +175,7 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
     int64_t count = end - begin, element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
     int64_t master = element == 4 ? 0 : 4; /* the working weights are the master weights where they are f32 */
     return layout->total * (element + 4) + count * (master + 8 + masked) + 8 * chunks_of(layout) + 4 * (layout->count + 1) +
-           (int64_t)sizeof(cpl_step_state) + cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE);
+           (int64_t)sizeof(cpl_step_state) + (nccl ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
 }
 
 /* --- the step --- */

@@ -51,7 +51,7 @@ ends_with 2 "CUPEL_DEVICE_BYTES=much"
 
 # The environment's choice of a device is the same for all ranks, and one that there is.
 status=0
-timeout 60 mpirun -n 1 "$CUPEL" info : -n 1 env CUPEL_DEVICE=cpu "$CUPEL" info >out.txt 2>&1 </dev/null || status=$?
+timeout 60 mpirun -n 1 env -u CUPEL_DEVICE "$CUPEL" info : -n 1 env CUPEL_DEVICE=cpu "$CUPEL" info >out.txt 2>&1 </dev/null || status=$?
 ends_with 2 "auto for some ranks, cpu for others"
 status=0
 CUPEL_DEVICE=tpu ranks 2 "$CUPEL" info >out.txt 2>&1 || status=$?

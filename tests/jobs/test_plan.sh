@@ -15,6 +15,7 @@ tiny_job job.yaml
 peak fp16 1 teacher
 peak fp32 1 teacher --set teacher.precision=fp32
 peak tree 2 teacher --set teacher.reduction=tree --set teacher.recompute=gelu
+peak tree-wide 4 teacher --set teacher.reduction=tree --set teacher.width=64
 peak replicated 2 teacher --set teacher.optimizer=replicated --set teacher.recompute=block --set teacher.micro_batch=4
 peak sharded 3 teacher --set teacher.width=64
 cat >>job.yaml <<'YAML'

@@ -18,7 +18,7 @@ refused() {
     CUDA_VISIBLE_DEVICES=0 ranks 2 "$CUPEL" run job.yaml --quiet --out refused --set run.device="$1" >out.txt 2>&1 || status=$?
     ((status == 2)) || { cat out.txt >&2; fail "2 ranks on one GPU, device $1: exit status $status"; }
     has out.txt "2 ranks see 1 GPU"
-    has out.txt "--run.ranks_per_gpu 2"
+    has out.txt "ranks_per_gpu: 2"
     [ ! -e refused ] || fail "a job that could not begin made its folder"
 }
 refused auto
