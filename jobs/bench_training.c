@@ -299,6 +299,7 @@ int64_t cpl_bench_training_rows(const cpl_bench *b) {
 cpl_status cpl_bench_training(cpl_bench *b) {
     cpl_status st = CPL_OK;
     cpl_bench_trainer t = {.b = b};
+    cpl_device_trim(b->dev); /* of what was measured before */
     cpl_device_peak_restart(b->dev);
     cpl_status local = prepare(&t);
     local = local == CPL_OK ? cpl_alloc(&t.seconds, (size_t)b->o->steps + ALONE_MOST, sizeof(double), "bench") : local;
