@@ -171,7 +171,7 @@ static cpl_status measure(cpl_bench *b, int what) {
                  {what == COMM || what == ALL, cpl_bench_comm_rows(b), cpl_bench_comm},
                  {b->o->fusion, CPL_BENCH_FUSION_ROWS, cpl_bench_fusion}};
     enum { PARTS = sizeof parts / sizeof parts[0] };
-    int64_t total = b->dt == CPL_F32 ? 2 : 3; /* the limits, measured again in the end */
+    int64_t total = b->product == CPL_F32 ? 2 : 3; /* the limits, measured again in the end */
     for (int i = 0; i < PARTS; i++) {
         total += parts[i].wanted ? parts[i].rows : 0;
     }
@@ -191,9 +191,15 @@ done:
 static cpl_status bench(cpl_comm *world, const cpl_bench_options *o, int what) {
     cpl_status st = CPL_OK;
     const cpl_model_shape shape = {o->layers, o->heads, o->width, o->context, o->vocab};
-    cpl_bench b = {.world = world, .o = o, .dt = cpl_precision_dtype(o->precision)};
-    CPL_TRY(cpl_job_device(world, o->device, o->threads, &b.dev));
+    cpl_dtype product = cpl_precision_dtype(o->precision);
+    cpl_bench b = {.world = world, .o = o, .dt = cpl_dtype_storage(product), .product = product};
+    CPL_TRY(cpl_job_device(world, o->device, o->threads, o->ranks_per_gpu, &b.dev));
     CPL_TRY(cpl_comm_attach(world, b.dev));
+    if (!cpl_device_has(b.dev, b.product)) {
+        st = cpl_fail(CPL_USAGE, __FILE__, __LINE__, "bench: precision %s needs a GPU, and this device is %s",
+                      cpl_dtype_name(b.product), b.dev->name);
+    }
+    CPL_TRY(cpl_agree(world, st));
     CPL_TRY(cpl_agree(world, cpl_layout_create(&b.layout, &shape)));
     CPL_TRY(measure(&b, what));
     if (cpl_comm_rank(world) == 0 && o->json) {

@@ -16,7 +16,7 @@
     X(INT, context, "256", 1, 1 << 20, "tokens", "length of a sequence")                                                           \
     X(INT, micro_batch, "8", 1, 1 << 20, "sequences", "of one forward and backward pass of a rank")                                \
     X(INT, vocab, "256", 2, 1 << 24, "tokens", "vocabulary")                                                                       \
-    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16", "storage of weights and activations")                                     \
+    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16|tf32", "storage of weights and activations; tf32: as of train")             \
     X(INT, steps, "20", 1, 100000, "steps", "train: timed, after warm-up")                                                         \
     X(INT, accumulate, "1", 1, 65536, "micro-batches", "train: of a rank in one step")                                             \
     X(BOOL, profile, "no", 0, 0, "", "train: the step by operation as well")                                                       \
@@ -29,6 +29,7 @@
     X(INT, largest, "512Mi", 4096, 1e12, "bytes", "comm: largest buffer")                                                          \
     X(CHOICE, device, "auto", 0, 0, "auto|cpu|cuda", "what to measure")                                                            \
     X(INT, threads, "0", 0, 4096, "threads", "CPU threads of a rank; 0: as many as it may run on")                                 \
+    X(INT, ranks_per_gpu, "0", 0, 1024, "ranks", "that may share a GPU, by turns; 0: CUPEL_RANKS_PER_GPU, else 1")                 \
     X(REAL, seconds, "0.3", 0, 3600, "s", "spent on each measurement but train's; at least 5 repetitions are made")                \
     X(BOOL, json, "no", 0, 0, "", "one JSON object a line instead of the table")
 typedef struct {
@@ -56,12 +57,12 @@ typedef struct {
     cpl_device *dev;    /* borrowed */
     cpl_layout *layout; /* borrowed */
     const cpl_bench_options *o;
-    cpl_dtype dt;
+    cpl_dtype dt, product; /* storage; what linear layers multiply in */
     int64_t n_rows, room;
-    cpl_bench_row *row;    /* owned */
-    double products[3];    /* flop/s of the largest matrix products of each cpl_dtype; 0: not measured */
-    double copy;           /* byte/s, read and written */
-    cpl_progress progress; /* in rows */
+    cpl_bench_row *row;          /* owned */
+    double products[CPL_DTYPES]; /* flop/s of the largest matrix products of each cpl_dtype; 0: not measured */
+    double copy;                 /* byte/s, read and written */
+    cpl_progress progress;       /* in rows */
 } cpl_bench;
 
 typedef cpl_status (*cpl_bench_call)(void *context);

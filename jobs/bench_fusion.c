@@ -9,7 +9,7 @@ enum { LOGITS_BYTES = 1 << 26 };
 
 typedef struct {
     cpl_device *dev; /* borrowed */
-    cpl_dtype dt;
+    cpl_dtype dt, product;
     int64_t B, T, C, H, V, R, rows, n; /* rows: of logits at once; n: elements of the flat buffers */
     void *x, *y, *pre, *wide, *other;  /* owned, device, as all below: [R,4C] act; other: [max(R 4C, rows V)] act */
     void *delta, *w, *bias, *logits;   /* [R,C] [4C,C] [4C] [rows,V] act */
@@ -49,12 +49,12 @@ done:
 
 static cpl_status linear(void *c) {
     const fusion *f = c;
-    return CPL_OPS(f->dev, linear_fwd, f->dt, f->y, f->pre, f->x, f->w, f->bias, CPL_ACT_GELU, f->R, 4 * f->C, f->C);
+    return CPL_OPS(f->dev, linear_fwd, f->product, f->y, f->pre, f->x, f->w, f->bias, CPL_ACT_GELU, f->R, 4 * f->C, f->C);
 }
 static cpl_status linear_apart(void *c) {
     cpl_status st = CPL_OK;
     const fusion *f = c;
-    CPL_TRY(CPL_OPS(f->dev, linear_fwd, f->dt, f->pre, NULL, f->x, f->w, f->bias, CPL_ACT_NONE, f->R, 4 * f->C, f->C));
+    CPL_TRY(CPL_OPS(f->dev, linear_fwd, f->product, f->pre, NULL, f->x, f->w, f->bias, CPL_ACT_NONE, f->R, 4 * f->C, f->C));
     CPL_TRY(CPL_OPS(f->dev, gelu_fwd, f->dt, f->y, f->pre, 4 * f->R * f->C));
 done:
     return st;
@@ -62,12 +62,12 @@ done:
 
 static cpl_status input(void *c) {
     const fusion *f = c;
-    return CPL_OPS(f->dev, linear_bwd_input, f->dt, f->wide, NULL, f->delta, f->w, f->pre, f->R, f->C, 4 * f->C);
+    return CPL_OPS(f->dev, linear_bwd_input, f->product, f->wide, NULL, f->delta, f->w, f->pre, f->R, f->C, 4 * f->C);
 }
 static cpl_status input_apart(void *c) {
     cpl_status st = CPL_OK;
     const fusion *f = c;
-    CPL_TRY(CPL_OPS(f->dev, linear_bwd_input, f->dt, f->wide, NULL, f->delta, f->w, NULL, f->R, f->C, 4 * f->C));
+    CPL_TRY(CPL_OPS(f->dev, linear_bwd_input, f->product, f->wide, NULL, f->delta, f->w, NULL, f->R, f->C, 4 * f->C));
     CPL_TRY(add_bytes(f, f->wide, f->pre, bytes_of(f, 4 * f->R * f->C)));
 done:
     return st;
@@ -231,7 +231,14 @@ static void release(fusion *f) {
 cpl_status cpl_bench_fusion(cpl_bench *b) {
     cpl_status st = CPL_OK;
     const cpl_model_shape *s = &b->layout->shape;
-    fusion f = {.dev = b->dev, .dt = b->dt, .B = b->o->micro_batch, .T = s->context, .C = s->width, .H = s->heads, .V = s->vocab};
+    fusion f = {.dev = b->dev,
+                .dt = b->dt,
+                .product = b->product,
+                .B = b->o->micro_batch,
+                .T = s->context,
+                .C = s->width,
+                .H = s->heads,
+                .V = s->vocab};
     f.R = f.B * f.T;
     f.n = b->layout->total;
     f.layout = b->layout;

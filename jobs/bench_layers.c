@@ -9,7 +9,7 @@ enum { LOGITS_BYTES = 1 << 26 };
 
 typedef struct {
     cpl_device *dev; /* borrowed */
-    cpl_dtype dt;
+    cpl_dtype dt, product;
     int64_t B, T, C, H, V, R, rows; /* rows: of logits at once */
     void *x, *delta, *y, *pre, *qkv, *dqkv,
         *out; /* owned, device, as all below: [R,4C] [R,C] [R,4C] [R,4C] [R,3C] [R,3C] [R,C] act */
@@ -26,17 +26,17 @@ typedef struct {
 static cpl_status run_linear(void *c) {
     const layers *l = c;
     bool gelu = l->activation == CPL_ACT_GELU;
-    return CPL_OPS(l->dev, linear_fwd, l->dt, l->y, gelu ? l->pre : NULL, l->x, l->weight, l->weight == l->wte ? NULL : l->bias,
-                   l->activation, l->R, l->N, l->K);
+    return CPL_OPS(l->dev, linear_fwd, l->product, l->y, gelu ? l->pre : NULL, l->x, l->weight,
+                   l->weight == l->wte ? NULL : l->bias, l->activation, l->R, l->N, l->K);
 }
 static cpl_status run_linear_input(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, linear_bwd_input, l->dt, l->pre, NULL, l->y, l->weight, NULL, l->R, l->N, l->K);
+    return CPL_OPS(l->dev, linear_bwd_input, l->product, l->pre, NULL, l->y, l->weight, NULL, l->R, l->N, l->K);
 }
 static cpl_status run_linear_weight(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, linear_bwd_weight, l->dt, l->dweight, l->weight == l->wte ? NULL : l->db, l->y, l->x, l->R, l->N, l->K,
-                   false);
+    return CPL_OPS(l->dev, linear_bwd_weight, l->product, l->dweight, l->weight == l->wte ? NULL : l->db, l->y, l->x, l->R, l->N,
+                   l->K, false);
 }
 static cpl_status run_attention(void *c) {
     const layers *l = c;
@@ -204,7 +204,14 @@ done:
 cpl_status cpl_bench_layers(cpl_bench *b) {
     cpl_status st = CPL_OK;
     const cpl_model_shape *s = &b->layout->shape;
-    layers l = {.dev = b->dev, .dt = b->dt, .B = b->o->micro_batch, .T = s->context, .C = s->width, .H = s->heads, .V = s->vocab};
+    layers l = {.dev = b->dev,
+                .dt = b->dt,
+                .product = b->product,
+                .B = b->o->micro_batch,
+                .T = s->context,
+                .C = s->width,
+                .H = s->heads,
+                .V = s->vocab};
     l.R = l.B * l.T;
     l.rows = LOGITS_BYTES / (l.V * (int64_t)cpl_dtype_size(b->dt));
     l.rows = l.rows > l.R ? l.R : l.rows < 1 ? 1 : l.rows;

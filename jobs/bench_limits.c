@@ -87,8 +87,8 @@ done:
 static cpl_status product_of(cpl_bench *b, cpl_dtype dt, int64_t n, int64_t k, int64_t m, cpl_bench_row *most) {
     cpl_status st = CPL_OK;
     product p = {.dev = b->dev, .dt = dt, .R = m, .N = n, .K = k};
-    cpl_status local = cpl_bench_normals(b, dt, m * k, 1, 1, &p.x);
-    local = local == CPL_OK ? cpl_bench_normals(b, dt, n * k, 0.02f, 2, &p.w) : local;
+    cpl_status local = cpl_bench_normals(b, cpl_dtype_storage(dt), m * k, 1, 1, &p.x);
+    local = local == CPL_OK ? cpl_bench_normals(b, cpl_dtype_storage(dt), n * k, 0.02f, 2, &p.w) : local;
     local = local == CPL_OK ? cpl_device_alloc(b->dev, &p.y, (size_t)(m * n), cpl_dtype_size(dt), "bench") : local;
     CPL_TRY(cpl_agree(b->world, local));
     for (int transposed = 0; transposed < 2; transposed++) {
@@ -156,8 +156,8 @@ done:
 cpl_status cpl_bench_limits(cpl_bench *b) {
     cpl_status st = CPL_OK;
     CPL_TRY(products(b, CPL_F32));
-    if (b->dt != CPL_F32) {
-        CPL_TRY(products(b, b->dt));
+    if (b->product != CPL_F32) {
+        CPL_TRY(products(b, b->product));
     }
     CPL_TRY(copies(b));
 done:

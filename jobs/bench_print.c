@@ -8,7 +8,7 @@
 
 /* The limit that a row is compared with, per second; 0: none. */
 static double limit_of(const cpl_bench *b, const cpl_bench_row *r) {
-    return r->limit ? 0 : r->flops > 0 ? b->products[b->dt] : r->bytes > 0 ? b->copy : 0;
+    return r->limit ? 0 : r->flops > 0 ? b->products[b->product] : r->bytes > 0 ? b->copy : 0;
 }
 
 /* NaN where a or b is 0. */
@@ -93,7 +93,7 @@ static void print_legend(const cpl_bench *b) {
         "\n time: the median of so many runs. products: multiplications and additions, attention its causal half, backward\n"
         " attention with the scores computed again (2.5 forward; in whole passes 2). memory: each operand read or written once.\n"
         " floor, %% of limit: by the matrix products of %s, or by the copy, above.\n",
-        cpl_dtype_name(b->dt));
+        cpl_dtype_name(b->product));
     if (bus) {
         printf(" bus: bytes of the whole buffer x (ranks-1)/ranks over the time of the slowest rank.\n");
     }
@@ -120,7 +120,8 @@ cpl_status cpl_bench_print_table(const cpl_bench *b) {
     printf("\n %s, %d thread%s a rank, %d rank%s; model %lld layers, %lld heads, width %lld, context %lld, micro-batch %lld, "
            "vocabulary %lld, %s\n\n",
            b->dev->name, threads, threads == 1 ? "" : "s", ranks, ranks == 1 ? "" : "s", (long long)s->layers, (long long)s->heads,
-           (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab, cpl_dtype_name(b->dt));
+           (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab,
+           cpl_dtype_name(b->product));
     CPL_TRY(cpl_table_create(&t, columns, sizeof columns / sizeof columns[0]));
     for (int64_t i = 0; i < b->n_rows; i++) {
         CPL_TRY(print_row(b, t, &b->row[i]));
@@ -160,7 +161,7 @@ void cpl_bench_print_json(const cpl_bench *b) {
            "\"context\":%lld,\"micro_batch\":%lld,\"vocab\":%lld,\"precision\":\"%s\"}\n",
            CUPEL_VERSION, CUPEL_GIT_REVISION, device, cpl_device_threads(b->dev), cpl_comm_size(b->world), (long long)s->layers,
            (long long)s->heads, (long long)s->width, (long long)s->context, (long long)b->o->micro_batch, (long long)s->vocab,
-           cpl_dtype_name(b->dt));
+           cpl_dtype_name(b->product));
     for (int64_t i = 0; i < b->n_rows; i++) {
         print_json_row(b, &b->row[i]);
     }

@@ -88,7 +88,7 @@ static cpl_status allocate(cpl_bench_trainer *t) {
     const cpl_bench *b = t->b;
     int64_t R = b->o->micro_batch * b->o->context;
     int32_t *host = NULL;
-    CPL_TRY(cpl_workspace_create(&t->ws, b->dev, b->layout, b->dt, b->o->micro_batch, true, CPL_RECOMPUTE_NONE, 0));
+    CPL_TRY(cpl_workspace_create(&t->ws, b->dev, b->layout, b->product, b->o->micro_batch, true, CPL_RECOMPUTE_NONE, 0));
     CPL_TRY(cpl_steps_create(&t->steps, &t->spec, t->opt, t->ws, t->metrics));
     CPL_TRY(cpl_alloc(&host, (size_t)R, sizeof *host, "bench"));
     CPL_TRY(cpl_corpus_read(t->corpus, 0, R, host));
@@ -299,6 +299,7 @@ int64_t cpl_bench_training_rows(const cpl_bench *b) {
 cpl_status cpl_bench_training(cpl_bench *b) {
     cpl_status st = CPL_OK;
     cpl_bench_trainer t = {.b = b};
+    cpl_device_trim(b->dev); /* of what was measured before */
     cpl_device_peak_restart(b->dev);
     cpl_status local = prepare(&t);
     local = local == CPL_OK ? cpl_alloc(&t.seconds, (size_t)b->o->steps + ALONE_MOST, sizeof(double), "bench") : local;

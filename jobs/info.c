@@ -3,9 +3,12 @@
 #include "cupel_version.h"
 #include "jobs/command_options.h"
 #include "jobs/device.h"
+#include "kernels/gpus.h"
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+
+enum { CPL_INFO_RANKS_PER_GPU = 1 << 20 }; /* it looks at how they come to share one, and computes nothing */
 
 static void print_line(const char *key, const char *value, void *to) {
     fprintf(to, " %-16s %s\n", key, value);
@@ -36,16 +39,64 @@ static void print_program(FILE *to) {
     print_line("build", text, to);
 }
 
+/* "NVLink to 1, 2; PCI to 3": how GPU `from` reads the others' memory. */
+static void links_text(const cpl_gpu *list, int count, int from, char *text, size_t size) {
+    static const struct {
+        cpl_gpu_link link;
+        const char *name;
+    } kinds[] = {{CPL_LINK_NVLINK, "NVLink to"}, {CPL_LINK_PCI, "PCI to"}, {CPL_LINK_NONE, "through host memory to"}};
+    cpl_gpu_link link[CPL_GPUS_MAX];
+    size_t used = 0;
+    text[0] = '\0';
+    for (int to = 0; to < count; to++) {
+        link[to] = to == from ? CPL_LINK_NONE : cpl_gpus_link(&list[from], &list[to]);
+    }
+    for (size_t k = 0; k < sizeof kinds / sizeof kinds[0]; k++) {
+        bool any = false;
+        for (int to = 0; to < count && used < size; to++) {
+            if (to != from && link[to] == kinds[k].link) {
+                used += any ? (size_t)snprintf(text + used, size - used, ", %d", to)
+                            : (size_t)snprintf(text + used, size - used, "%s%s %d", used > 0 ? "; " : "", kinds[k].name, to);
+                any = true;
+            }
+        }
+    }
+}
+
+/* The GPUs that rank 0 sees. */
+static cpl_status print_gpus(FILE *to) {
+    cpl_status st = CPL_OK;
+    cpl_gpu *list = NULL;
+    char key[40], text[512];
+    CPL_TRY(cpl_alloc(&list, CPL_GPUS_MAX, sizeof *list, "list of GPUs"));
+    int count = cpl_gpus(list);
+    for (int i = 0; i < count; i++) {
+        const cpl_gpu *gpu = &list[i];
+        snprintf(key, sizeof key, "GPU %d", i);
+        snprintf(text, sizeof text, "%s, %.1f GiB, %d multiprocessors, sm_%d, %.12s at %s", gpu->name, (double)gpu->memory / 0x1p30,
+                 gpu->sm_count, gpu->capability, gpu->uuid, gpu->bus);
+        print_line(key, text, to);
+    }
+    for (int i = 0; i < count && count > 1; i++) {
+        snprintf(key, sizeof key, "links of GPU %d", i);
+        links_text(list, count, i, text, sizeof text);
+        print_line(key, text, to);
+    }
+done:
+    cpl_free(&list);
+    return st;
+}
+
 /* Collective: what each rank runs on, equal neighbours together. */
 static cpl_status print_ranks(cpl_comm *world, const cpl_device *dev, cpl_arena *arena, FILE *to) {
     cpl_status st = CPL_OK;
     char *hosts = NULL, host[65] = "";
     int size = cpl_comm_size(world), first = 0;
-    char mine[256], before[256] = "", text[256], key[40];
+    char mine[300], before[300] = "", text[300], key[40];
     CPL_TRY(cpl_comm_hostnames(world, &hosts, arena));
     gethostname(host, sizeof host - 1);
-    snprintf(mine, sizeof mine, "%s: %s, %d thread%s", host, dev->name, cpl_device_threads(dev),
-             cpl_device_threads(dev) == 1 ? "" : "s");
+    snprintf(mine, sizeof mine, "%s: %s%s%s, %d thread%s", host, dev->name, dev->where[0] == '\0' ? "" : ", ", dev->where,
+             cpl_device_threads(dev), cpl_device_threads(dev) == 1 ? "" : "s");
     snprintf(text, sizeof text, "%d on %s", size, hosts);
     if (to != NULL) {
         print_line("ranks", text, to);
@@ -73,22 +124,24 @@ static cpl_status print_info(cpl_comm *world, cpl_arena *arena) {
     cpl_device *dev = NULL;
     char text[200], library[128];
     FILE *to = cpl_comm_rank(world) == 0 ? stdout : NULL;
-    CPL_TRY(cpl_job_device(world, 0, 0, &dev));
+    CPL_TRY(cpl_job_device(world, 0, 0, CPL_INFO_RANKS_PER_GPU, &dev));
     if (to != NULL) {
         print_program(to);
         cpl_comm_library(library, sizeof library);
         snprintf(text, sizeof text, "%s%s", library,
                  strcmp(cpl_comm_kind(world), "self") == 0 ? ", not used by one process without mpirun" : "");
         print_line("MPI", text, to);
-        cpl_comm_nccl(text, sizeof text);
-        print_line("NCCL", text, to);
         cpl_h5_library(text, sizeof text);
         print_line("HDF5", text, to);
         snprintf(text, sizeof text, "%.1f GiB",
                  (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / (double)(1 << 30));
         print_line("memory", text, to);
         cpl_device_describe(dev, print_line, to);
+        cpl_comm_nccl(text, sizeof text);
+        print_line("NCCL", text, to);
+        st = print_gpus(to);
     }
+    CPL_TRY(cpl_agree(world, st));
     CPL_TRY(print_ranks(world, dev, arena, to));
     CPL_TRY(cpl_comm_route(world, dev, text, sizeof text));
     if (to != NULL) {

@@ -23,7 +23,8 @@
 #define CPL_TRAINING_FIELDS(X)                                                                                                     \
     X(INT, micro_batch, "8", 1, 1 << 20, "sequences", "sequences of one forward and backward pass of one rank")                    \
     X(INT, global_batch, "64", 1, 1 << 30, "sequences", "sequences of one step over all ranks; a multiple of micro_batch")         \
-    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16", "storage of weights, activations and their gradients; sums are fp32")     \
+    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16|tf32",                                                                      \
+      "storage of weights, activations and their gradients; sums are fp32; tf32: fp32 multiplied in TF32 by a GPU")                \
     X(REAL, lr, "6e-4", 0, 10, "", "peak learning rate")                                                                           \
     X(REAL, min_lr, "0.1", 0, 1, "of lr", "where the schedule ends")                                                               \
     X(CHOICE, schedule, "cosine", 0, 0, "constant|cosine|linear|wsd",                                                              \
@@ -94,26 +95,30 @@
 
 #define CPL_EVAL_FIELDS(X)                                                                                                         \
     X(TEXT, model, NULL, 0, 0, "STAGE", "name of an earlier stage, or a checkpoint file")                                          \
-    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16", "storage of weights and activations")                                     \
+    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16|tf32", "storage of weights and activations; tf32: as of train")             \
     X(INT, micro_batch, "8", 1, 1 << 20, "sequences", "sequences of one forward pass")                                             \
     X(INT, latency_runs, "20", 0, 1 << 20, "runs", "timed forward passes of one sequence; 0: not measured")
 
 #define CPL_SWEEP_FIELDS(X)                                                                                                        \
     X(INT, group_ranks, "1", 1, 1 << 20, "ranks", "ranks that work on one trial together")                                         \
-    X(TEXTS, pareto, "val_loss,bytes", 0, 0, "AXES", "what no other trial may beat together: val_loss, bytes, latency")            \
-    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16", "storage of weights and activations in the evaluation")                   \
+    X(TEXTS, pareto, "val_loss,bytes", 0, 0, "AXES", "what no other trial may beat together: val_loss, bytes, latency, energy")    \
+    X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16|tf32",                                                                      \
+      "storage of weights and activations in the evaluation; tf32: as of train")                                                   \
     X(INT, micro_batch, "8", 1, 1 << 20, "sequences", "sequences of one forward pass of the evaluation")                           \
     X(INT, latency_runs, "20", 0, 1 << 20, "runs", "timed forward passes of one sequence; 0: not measured")
 
 /* How much latency, memory and energy weigh in a sweep's score, each relative to the first model unchanged. */
 #define CPL_OBJECTIVE_FIELDS(X)                                                                                                    \
     X(REAL, latency, "0", 0, 1e9, "", "weight of the median latency")                                                              \
-    X(REAL, memory, "0", 0, 1e9, "", "weight of the stored bytes")
+    X(REAL, memory, "0", 0, 1e9, "", "weight of the stored bytes")                                                                 \
+    X(REAL, energy, "0", 0, 1e9, "", "weight of the joules of the evaluation; where they are measured")
 
 /* Change no result: where, how often and with what, outside every key. */
 #define CPL_RUN_FIELDS(X)                                                                                                          \
     X(CHOICE, device, "auto", 0, 0, "auto|cpu|cuda", "what the ranks compute on")                                                  \
     X(INT, threads, "0", 0, 4096, "threads", "CPU threads of a rank; 0: OMP_NUM_THREADS, else its share of the cores")             \
+    X(INT, ranks_per_gpu, "0", 0, 1024, "ranks",                                                                                   \
+      "that may share a GPU, by turns; more are refused; 0: CUPEL_RANKS_PER_GPU, else 1")                                          \
     X(INT, checkpoint_every, "200", 0, 1 << 30, "steps", "0: at the end only")                                                     \
     X(REAL, checkpoint_seconds, "0", 0, 1e9, "s", "also when so much time has passed; 0: not")                                     \
     X(INT, keep_checkpoints, "2", 1, 1000, "files", "of a training stage")                                                         \
@@ -154,7 +159,8 @@ typedef struct {
     CPL_RUN_FIELDS(CPL_FIELD_MEMBER)
 } cpl_run_options;
 
-enum { CPL_PRECISION_FP32, CPL_PRECISION_BF16, CPL_PRECISION_FP16 };
+enum { CPL_PRECISION_FP32, CPL_PRECISION_BF16, CPL_PRECISION_FP16, CPL_PRECISION_TF32 };
+enum { CPL_DEVICE_AUTO, CPL_DEVICE_CPU, CPL_DEVICE_CUDA };
 enum { CPL_SCHEDULE_CONSTANT, CPL_SCHEDULE_COSINE, CPL_SCHEDULE_LINEAR, CPL_SCHEDULE_WSD };
 enum { CPL_OPTIMIZER_SHARDED, CPL_OPTIMIZER_REPLICATED };
 enum { CPL_REDUCTION_LINEAR, CPL_REDUCTION_TREE };
@@ -165,7 +171,11 @@ enum { CPL_INCLUDE_BLOCKS, CPL_INCLUDE_ALL };
 
 /* A precision option as an element type. */
 static inline cpl_dtype cpl_precision_dtype(int precision) {
-    return precision == CPL_PRECISION_FP16 ? CPL_F16 : precision == CPL_PRECISION_BF16 ? CPL_BF16 : CPL_F32;
+    static const cpl_dtype dtypes[] = {[CPL_PRECISION_FP32] = CPL_F32,
+                                       [CPL_PRECISION_BF16] = CPL_BF16,
+                                       [CPL_PRECISION_FP16] = CPL_F16,
+                                       [CPL_PRECISION_TF32] = CPL_TF32};
+    return dtypes[precision];
 }
 
 /* A table of fields with its length. */

@@ -12,8 +12,13 @@
 #include <string.h>
 #include <unistd.h>
 
+/* The back ends that may compute; cpl_run_options.device says which are planned for. */
+enum { GPU, CPU, KINDS };
+static const char *const kinds[KINDS] = {[GPU] = "cuda", [CPU] = "cpu"};
+
 typedef struct {
     cpl_stage_plan figures;
+    cpl_plan_memory memory[KINDS]; /* for each back end planned for */
     bool done;
     double left;           /* operations that are still to be done */
     int64_t resumes;       /* from this step; 0: from the start */
@@ -23,6 +28,7 @@ typedef struct {
 typedef struct {
     cpl_context *ctx; /* borrowed */
     int64_t ranks;
+    bool on[KINDS];
     planned *stage;         /* owned [stages of the job] */
     cpl_model_shape *shape; /* owned: of what they leave */
 } plan;
@@ -54,7 +60,12 @@ static cpl_status plan_stage(const plan *p, size_t index) {
     }
     CPL_TRY(cpl_study_done(ctx, s, &out->done));
     cpl_status local = s->kind == &cpl_stage_sweep ? cpl_sweep_plan_trials(ctx, s, &out->trials) : CPL_OK;
-    local = local == CPL_OK ? cpl_stage_plan_make(ctx, s, inputs, p->ranks, &out->trials, &out->figures) : local;
+    for (int k = 0; k < KINDS && local == CPL_OK; k++) {
+        if (p->on[k]) {
+            local = cpl_stage_plan_make(ctx, s, inputs, p->ranks, kinds[k], &out->trials, &out->figures);
+            out->memory[k] = out->figures.memory;
+        }
+    }
     local = local == CPL_OK && root && !out->done && out->figures.steps > 0 ? find_resume(s, &out->resumes) : local;
     CPL_TRY(cpl_agree(ctx->world, local));
     p->shape[index] = out->figures.shape;
@@ -140,10 +151,11 @@ done:
     return st;
 }
 
-static const cpl_column memory_columns[] = {
-    {"stage", "", CPL_COLUMN_WIDE, 0},    {"weights", "", CPL_COLUMN_RIGHT, 0},     {"gradients", "", CPL_COLUMN_RIGHT, 0},
-    {"moments", "", CPL_COLUMN_RIGHT, 0}, {"activations", "", CPL_COLUMN_RIGHT, 0}, {"teacher", "", CPL_COLUMN_RIGHT, 0},
-    {"batch", "", CPL_COLUMN_RIGHT, 1},   {"in all", "", CPL_COLUMN_RIGHT, 0},      {"exactly", "", CPL_COLUMN_RIGHT, 2}};
+static const cpl_column memory_columns[] = {{"stage", "", CPL_COLUMN_WIDE, 0},        {"weights", "", CPL_COLUMN_RIGHT, 0},
+                                            {"gradients", "", CPL_COLUMN_RIGHT, 0},   {"moments", "", CPL_COLUMN_RIGHT, 0},
+                                            {"activations", "", CPL_COLUMN_RIGHT, 0}, {"teacher", "", CPL_COLUMN_RIGHT, 0},
+                                            {"batch", "", CPL_COLUMN_RIGHT, 1},       {"workspaces", "", CPL_COLUMN_RIGHT, 0},
+                                            {"in all", "", CPL_COLUMN_RIGHT, 0},      {"exactly", "", CPL_COLUMN_RIGHT, 2}};
 
 static cpl_status memory_row(cpl_table *t, const char *name, const cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
@@ -155,23 +167,41 @@ static cpl_status memory_row(cpl_table *t, const char *name, const cpl_plan_memo
     CPL_TRY(amount_cell(t, (double)m->activations, "B"));
     CPL_TRY(amount_cell(t, (double)m->teacher, "B"));
     CPL_TRY(amount_cell(t, (double)m->other, "B"));
+    CPL_TRY(amount_cell(t, (double)m->workspaces, "B"));
     CPL_TRY(amount_cell(t, (double)cpl_plan_memory_sum(m), "B"));
     CPL_TRY(cpl_table_cell(t, "%lld", (long long)cpl_plan_memory_sum(m)));
 done:
     return st;
 }
 
+/* On one back end. */
+static cpl_status print_memory(const plan *p, int kind) {
+    static const char *const where[KINDS] = {
+        [GPU] = "GPU memory of a rank when it is the most, bytes (what CUDA and its libraries keep outside is not in it)",
+        [CPU] = "memory of a rank's device, the CPU, when it is the most, bytes"};
+    cpl_status st = CPL_OK;
+    cpl_table *memory = NULL;
+    CPL_TRY(cpl_table_create(&memory, memory_columns, sizeof memory_columns / sizeof memory_columns[0]));
+    for (size_t i = 0; i < p->ctx->job->n_stages; i++) {
+        CPL_TRY(memory_row(memory, p->ctx->job->stage[i].name, &p->stage[i].memory[kind]));
+    }
+    printf(" %s:\n\n", where[kind]);
+    CPL_TRY(cpl_table_print(memory, stdout));
+    printf("\n");
+done:
+    cpl_table_destroy(&memory);
+    return st;
+}
+
 static cpl_status print_tables(const plan *p) {
     cpl_status st = CPL_OK;
     const cpl_job *job = p->ctx->job;
-    cpl_table *work = NULL, *memory = NULL;
+    cpl_table *work = NULL;
     CPL_TRY(cpl_table_create(&work, work_columns, sizeof work_columns / sizeof work_columns[0]));
-    CPL_TRY(cpl_table_create(&memory, memory_columns, sizeof memory_columns / sizeof memory_columns[0]));
     double stored = 0, left = 0;
     for (size_t i = 0; i < job->n_stages; i++) {
         const planned *s = &p->stage[i];
         CPL_TRY(work_row(work, &job->stage[i], s));
-        CPL_TRY(memory_row(memory, job->stage[i].name, &s->figures.memory));
         stored += s->figures.stored > 0 ? (double)s->figures.stored : 0;
         left += s->left;
     }
@@ -180,12 +210,13 @@ static cpl_status print_tables(const plan *p) {
     cpl_amount_text(left, "FLOP", text[0]);
     cpl_amount_text(stored, "B", text[1]);
     printf("\n left to do: %s over all ranks; models and optimizer state on disk in the end: %s\n", text[0], text[1]);
-    printf(" device memory of a rank when it is the most, bytes:\n\n");
-    CPL_TRY(cpl_table_print(memory, stdout));
-    printf("\n");
+    for (int k = 0; k < KINDS; k++) {
+        if (p->on[k]) {
+            CPL_TRY(print_memory(p, k));
+        }
+    }
 done:
     cpl_table_destroy(&work);
-    cpl_table_destroy(&memory);
     return st;
 }
 
@@ -230,6 +261,8 @@ static cpl_status make_plan(cpl_comm *world, const cpl_arguments *a, cpl_job *jo
     cpl_context ctx = {
         .world = world, .job = job, .out = a->out != NULL ? a->out : job->name, .stop = &cpl_stop_requested, .lock = -1};
     plan p = {.ctx = &ctx, .ranks = a->ranks > 0 ? a->ranks : cpl_comm_size(world)};
+    p.on[CPU] = job->run.device != CPL_DEVICE_CUDA;
+    p.on[GPU] = job->run.device == CPL_DEVICE_CUDA || (job->run.device == CPL_DEVICE_AUTO && cpl_plan_has(kinds[GPU]));
     CPL_TRY(cpl_context_look(&ctx));
     CPL_TRY(cpl_study_keys(&ctx));
     CPL_TRY(cpl_agree(world, cpl_alloc(&p.stage, job->n_stages, sizeof *p.stage, "plan")));

@@ -12,7 +12,14 @@
 #include <string.h>
 
 int64_t cpl_plan_memory_sum(const cpl_plan_memory *m) {
-    return m->weights + m->gradients + m->moments + m->activations + m->teacher + m->other;
+    return m->weights + m->gradients + m->moments + m->activations + m->teacher + m->other + m->workspaces;
+}
+
+bool cpl_plan_has(const char *kind) {
+    const cpl_pass nothing = {0};
+    int64_t bytes = -1;
+    cpl_device_pass_bytes(kind, &nothing, &bytes);
+    return bytes >= 0;
 }
 
 static void keep_larger(cpl_plan_memory *most, const cpl_plan_memory *m) {
@@ -33,6 +40,30 @@ done:
     return st;
 }
 
+/* What operations take for themselves in passes over B sequences (0: none) and over flat buffers of the layout. */
+static int64_t workspaces(const char *kind, const cpl_layout *l, cpl_dtype dt, int64_t B, bool training) {
+    const cpl_pass pass = {.dt = cpl_dtype_storage(dt),
+                           .B = B,
+                           .T = l->shape.context,
+                           .C = l->shape.width,
+                           .H = l->shape.heads,
+                           .flat = l->total,
+                           .training = training};
+    int64_t bytes = 0;
+    cpl_device_pass_bytes(kind, &pass, &bytes);
+    return bytes;
+}
+
+/* The device is known when a run begins; a plan is made without one. */
+static cpl_status precision_check(const cpl_context *ctx, int precision, const char *label) {
+    cpl_dtype dt = cpl_precision_dtype(precision);
+    if (ctx->dev != NULL && !cpl_device_has(ctx->dev, dt)) {
+        return cpl_fail(CPL_USAGE, __FILE__, __LINE__, "%s: precision: %s needs a GPU, and the ranks compute on %s", label,
+                        cpl_dtype_name(dt), ctx->dev->name);
+    }
+    return CPL_OK;
+}
+
 /* cpl_evaluate: tokens, targets, losses of a batch, one sum. */
 static int64_t evaluation_buffers(const cpl_layout *l, int64_t B) {
     return 12 * B * l->shape.context + 8;
@@ -45,7 +76,8 @@ static double evaluation_flops(const cpl_context *ctx, const cpl_model_shape *s)
 }
 
 /* The trainer's memory: cpl_optimizer_create, cpl_steps_create, and what trainer.c allocates. */
-static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked, cpl_plan_memory *m) {
+static cpl_status training_memory(const char *kind, const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked,
+                                  cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
     cpl_dtype dt = cpl_precision_dtype(t->precision);
     int64_t G = t->global_batch / t->micro_batch, mine = (G + ranks - 1) / ranks;
@@ -55,25 +87,29 @@ static cpl_status training_memory(const cpl_layout *l, const cpl_training *t, in
         int64_t shard = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK; /* of rank 0, as cpl_layout_shards makes it */
         begin[1] = shard < l->total ? shard : l->total;
     }
-    m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (dt == CPL_F32 ? 0 : 4 * begin[1]);
+    m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * begin[1]);
     m->gradients = 4 * l->total;
     m->moments = begin[1] * (8 + masked);
-    m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked) - m->weights - m->gradients - m->moments;
+    m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked, strcmp(kind, "cuda") == 0) - m->weights - m->gradients - m->moments;
     int64_t evaluation = evaluation_buffers(l, t->micro_batch), histogram = 8 * CPL_M_GROUPS * CPL_M_EXPONENTS + 4;
     m->other += cpl_steps_bytes(l, t, (int)ranks) + (evaluation > histogram ? evaluation : histogram); /* one after the other */
     for (int64_t n = mine; t->reduction == CPL_REDUCTION_TREE && n > 1; n = (n + 1) / 2) {
         m->gradients += 4 * l->total;
     }
     CPL_TRY(workspace(l, dt, t->micro_batch, true, t->recompute, &m->activations));
+    m->workspaces = workspaces(kind, l, dt, t->micro_batch, true);
 done:
     return st;
 }
 
 /* Weights uploaded (f32 ones pass through a buffer), a workspace for evaluation, another for latency. */
-static cpl_status evaluation_memory(const cpl_layout *l, cpl_dtype dt, int64_t B, int64_t latency_runs, cpl_plan_memory *m) {
+static cpl_status evaluation_memory(const char *kind, const cpl_layout *l, cpl_dtype dt, int64_t B, int64_t latency_runs,
+                                    cpl_plan_memory *m) {
     cpl_status st = CPL_OK;
-    cpl_plan_memory upload = {.weights = l->total * (int64_t)cpl_dtype_size(dt), .other = dt == CPL_F32 ? 0 : 4 * l->total};
-    *m = (cpl_plan_memory){.weights = upload.weights};
+    cpl_plan_memory upload = {.weights = l->total * (int64_t)cpl_dtype_size(dt),
+                              .other = cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * l->total,
+                              .workspaces = workspaces(kind, l, dt, 0, false)};
+    *m = (cpl_plan_memory){.weights = upload.weights, .workspaces = workspaces(kind, l, dt, B, false)};
     CPL_TRY(workspace(l, dt, B, false, CPL_RECOMPUTE_NONE, &m->activations));
     int64_t buffers[2] = {evaluation_buffers(l, B), 0}, activations = m->activations;
     if (latency_runs > 0) {
@@ -98,6 +134,7 @@ static cpl_status training(const cpl_context *ctx, const cpl_layout *l, const cp
     cpl_status st = CPL_OK;
     cpl_split train, val;
     cpl_context_splits(ctx, l->shape.context, &train, &val);
+    CPL_TRY(precision_check(ctx, t->precision, label));
     CPL_TRY(cpl_training_ready(t, l, ranks, &train, &val, label));
     int64_t evaluations = t->eval_every > 0 ? steps / t->eval_every + (steps % t->eval_every != 0) : 1;
     out->steps = steps;
@@ -105,7 +142,7 @@ static cpl_status training(const cpl_context *ctx, const cpl_layout *l, const cp
     out->tokens = (double)steps * (double)out->step_tokens;
     out->epochs = (double)steps * (double)t->global_batch / (double)train.windows;
     out->flops += out->tokens * cpl_flops_training(&l->shape) + (double)evaluations * evaluation_flops(ctx, &l->shape);
-    CPL_TRY(training_memory(l, t, ranks, masked, &out->memory));
+    CPL_TRY(training_memory(out->kind, l, t, ranks, masked, &out->memory));
 done:
     return st;
 }
@@ -130,7 +167,11 @@ static cpl_status plan_distill(const cpl_context *ctx, const cpl_stage *stage, c
     out->flops += out->tokens * (cpl_flops_forward(teacher) + cpl_flops_projection(trained));
     CPL_TRY(workspace(large, dt, o->training.micro_batch, false, CPL_RECOMPUTE_NONE, &out->memory.teacher));
     out->memory.teacher += large->total * (int64_t)cpl_dtype_size(dt);
-    cpl_plan_memory upload = {.teacher = large->total * (int64_t)(cpl_dtype_size(dt) + (dt == CPL_F32 ? 0 : sizeof(float)))};
+    cpl_plan_memory upload = {.teacher = large->total *
+                                         (int64_t)(cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : sizeof(float))),
+                              .workspaces = workspaces(out->kind, large, dt, 0, false)};
+    int64_t forward = workspaces(out->kind, large, dt, o->training.micro_batch, false);
+    out->memory.workspaces = forward > out->memory.workspaces ? forward : out->memory.workspaces;
     keep_larger(&out->memory, &upload); /* f32 weights pass through a buffer */
 done:
     cpl_layout_destroy(&large);
@@ -146,7 +187,9 @@ static cpl_status plan_prune(const cpl_context *ctx, const cpl_stage *stage, con
         CPL_TRY(training(ctx, l, &o->training, o->finetune_steps, ranks, true, stage->name, out));
         out->stored = 13 * l->total;
     } else {
-        CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->training.precision), o->training.micro_batch, 0, &out->memory));
+        CPL_TRY(precision_check(ctx, o->training.precision, stage->name));
+        CPL_TRY(
+            evaluation_memory(out->kind, l, cpl_precision_dtype(o->training.precision), o->training.micro_batch, 0, &out->memory));
         out->flops = evaluation_flops(ctx, &l->shape);
         out->stored = 5 * l->total;
     }
@@ -159,7 +202,7 @@ done:
 static cpl_status plan_quantize(const cpl_context *ctx, const cpl_stage *stage, const cpl_layout *l, cpl_stage_plan *out) {
     cpl_status st = CPL_OK;
     const cpl_quantize_options *o = stage->options;
-    cpl_plan_memory together = {.weights = 4 * l->total};
+    cpl_plan_memory together = {.weights = 4 * l->total, .workspaces = workspaces(out->kind, l, CPL_F32, 0, false)};
     out->stored = 4 * l->total;
     for (int64_t i = 0; i < l->count; i++) {
         const cpl_param *p = &l->param[i];
@@ -173,7 +216,7 @@ static cpl_status plan_quantize(const cpl_context *ctx, const cpl_stage *stage, 
         out->stored += cpl_pack_row_bytes(spec.bits, p->cols) * p->rows + 5 * groups;
         together.other = 5 * (n + groups) > together.other ? 5 * (n + groups) : together.other;
     }
-    CPL_TRY(evaluation_memory(l, CPL_F32, 8, 0, &out->memory));
+    CPL_TRY(evaluation_memory(out->kind, l, CPL_F32, 8, 0, &out->memory));
     keep_larger(&out->memory, &together);
     out->flops = evaluation_flops(ctx, &l->shape);
 done:
@@ -181,10 +224,14 @@ done:
 }
 
 static cpl_status plan_eval(const cpl_context *ctx, const cpl_stage *stage, const cpl_layout *l, cpl_stage_plan *out) {
+    cpl_status st = CPL_OK;
     const cpl_eval_options *o = stage->options;
     double forward = (double)l->shape.context * cpl_flops_forward(&l->shape);
     out->flops = evaluation_flops(ctx, &l->shape) + (double)(o->latency_runs > 0 ? o->latency_runs + 2 : 0) * forward;
-    return evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &out->memory);
+    CPL_TRY(precision_check(ctx, o->precision, stage->name));
+    CPL_TRY(evaluation_memory(out->kind, l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &out->memory));
+done:
+    return st;
 }
 
 static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, const cpl_trial *trial, const cpl_layout *l,
@@ -192,7 +239,7 @@ static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, con
     cpl_status st = CPL_OK;
     const cpl_sweep_options *o = stage->options;
     cpl_plan_memory m = {0};
-    cpl_stage_plan tuning = {0};
+    cpl_stage_plan tuning = {.kind = out->kind};
     if (trial->prunes && trial->prune.finetune_steps > 0) {
         CPL_TRY(training(ctx, l, &trial->prune.training, trial->prune.finetune_steps, ranks, true, stage->name, &tuning));
         keep_larger(&out->memory, &tuning.memory);
@@ -200,10 +247,12 @@ static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, con
         out->flops += tuning.flops;
     }
     if (trial->prunes) {
-        cpl_plan_memory gathered = {.weights = 4 * l->total, .moments = l->total};
+        cpl_plan_memory gathered = {
+            .weights = 4 * l->total, .moments = l->total, .workspaces = workspaces(out->kind, l, CPL_F32, 0, false)};
         keep_larger(&out->memory, &gathered);
     }
-    CPL_TRY(evaluation_memory(l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &m));
+    CPL_TRY(precision_check(ctx, o->precision, stage->name));
+    CPL_TRY(evaluation_memory(out->kind, l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &m));
     keep_larger(&out->memory, &m);
     out->flops += evaluation_flops(ctx, &l->shape) +
                   (double)(o->latency_runs > 0 ? o->latency_runs + 2 : 0) * (double)l->shape.context * cpl_flops_forward(&l->shape);
@@ -229,7 +278,7 @@ static cpl_status plan_sweep(const cpl_context *ctx, const cpl_stage *stage, con
         CPL_TRY(cpl_arena_create(&arena));
         CPL_TRY(cpl_grid_trial(g, i, &trial, arena));
         CPL_TRY(cpl_layout_create(&l, &inputs[trial.model]));
-        cpl_stage_plan one = {0};
+        cpl_stage_plan one = {.kind = out->kind};
         CPL_TRY(plan_trial(ctx, stage, &trial, l, o->group_ranks, &one));
         keep_larger(&out->memory, &one.memory);
         if (next < trials->n_missing && trials->missing[next] == i) {
@@ -284,11 +333,14 @@ static cpl_status shape_of(const cpl_context *ctx, const cpl_stage *stage, const
 }
 
 cpl_status cpl_stage_plan_make(const cpl_context *ctx, const cpl_stage *stage, const cpl_model_shape *inputs, int64_t ranks,
-                               const cpl_sweep_plan *trials, cpl_stage_plan *out) {
+                               const char *kind, const cpl_sweep_plan *trials, cpl_stage_plan *out) {
     cpl_status st = CPL_OK;
     cpl_layout *l = NULL;
     cpl_split train, val;
-    *out = (cpl_stage_plan){.leaves_model = stage->model != NULL};
+    *out = (cpl_stage_plan){.kind = kind, .leaves_model = stage->model != NULL};
+    if (!cpl_plan_has(kind)) {
+        CPL_FAIL(CPL_UNSUPPORTED, "%s: back end '%s' is not in this build", stage->name, kind);
+    }
     CPL_TRY(shape_of(ctx, stage, inputs, &out->shape));
     cpl_context_splits(ctx, out->shape.context, &train, &val);
     CPL_TRY(cpl_fail_context(cpl_split_check(&val, 1, "held-out text"), "%s", stage->name));

@@ -14,10 +14,14 @@ typedef struct {
     int64_t activations; /* of a micro-batch, with the logits */
     int64_t teacher;     /* its weights and activations */
     int64_t other;       /* batch, losses, partial sums */
+    int64_t workspaces;  /* what operations take for themselves; 0 on the CPU, which does not count it as the device's */
 } cpl_plan_memory;
 int64_t cpl_plan_memory_sum(const cpl_plan_memory *m);
+/* Whether this build has such a back end. */
+bool cpl_plan_has(const char *kind);
 
 typedef struct {
+    const char *kind; /* borrowed: of the back end */
     bool leaves_model;
     cpl_model_shape shape; /* of the model it leaves, or works on */
     int64_t parameters;
@@ -33,9 +37,10 @@ typedef struct {
  * Collective. */
 cpl_status cpl_stage_plan_input(const cpl_context *ctx, const cpl_stage *before, const cpl_input *in, const cpl_model_shape *shapes,
                                 cpl_model_shape *shape);
-/* trials: of a sweep, else not used. inputs: shapes of the models it reads, in the order of stage->input. ranks: of the run
+/* kind: of the back end planned for, "cpu" or "cuda"; CPL_UNSUPPORTED where this build lacks it. trials: of a sweep, else not used.
+ * inputs: shapes of the models it reads, in the order of stage->input. ranks: of the run
  * planned. Errors: CPL_USAGE, CPL_INPUT: what would end the run when this stage begins. */
 cpl_status cpl_stage_plan_make(const cpl_context *ctx, const cpl_stage *stage, const cpl_model_shape *inputs, int64_t ranks,
-                               const cpl_sweep_plan *trials, cpl_stage_plan *out);
+                               const char *kind, const cpl_sweep_plan *trials, cpl_stage_plan *out);
 
 #endif

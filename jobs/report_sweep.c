@@ -34,7 +34,7 @@ typedef struct {
     double reference[FIGURES];
     char *reference_name; /* in the arena: first model */
     char *pareto_axes;
-    double latency_weight, memory_weight;
+    bool scored;    /* by more than the loss */
     int64_t *order; /* in the arena [rows] */
     int64_t done, failed;
 } sweep;
@@ -75,23 +75,27 @@ static cpl_status read_sweep(sweep *s, const char *path, cpl_arena *arena) {
             CPL_TRY(bad(path, s->name, figure_names[f]));
         }
     }
-    cpl_ckpt_attr a[FIGURES + 3];
+    static const char *const weights[] = {"objective_latency", "objective_memory", "objective_energy"};
+    enum { WEIGHTS = sizeof weights / sizeof weights[0] };
+    cpl_ckpt_attr a[FIGURES + 1 + WEIGHTS];
     for (int f = 0; f < FIGURES; f++) {
         char *name = NULL;
         CPL_TRY(cpl_arena_printf(arena, &name, "reference_%s", figure_names[f]));
         a[f] = (cpl_ckpt_attr){.name = name};
     }
     a[FIGURES] = (cpl_ckpt_attr){.name = "pareto_axes"};
-    a[FIGURES + 1] = (cpl_ckpt_attr){.name = "objective_latency"};
-    a[FIGURES + 2] = (cpl_ckpt_attr){.name = "objective_memory"};
+    for (int w = 0; w < WEIGHTS; w++) {
+        a[FIGURES + 1 + w] = (cpl_ckpt_attr){.name = weights[w]};
+    }
     CPL_TRY(cpl_arena_printf(arena, &group, "stages/%s", s->name));
-    CPL_TRY(cpl_results_attributes(path, group, a, FIGURES + 3, arena));
+    CPL_TRY(cpl_results_attributes(path, group, a, FIGURES + 1 + WEIGHTS, arena));
     for (int f = 0; f < FIGURES; f++) {
         s->reference[f] = a[f].f;
     }
     s->pareto_axes = a[FIGURES].text == NULL ? "?" : (char *)a[FIGURES].text;
-    s->latency_weight = a[FIGURES + 1].f;
-    s->memory_weight = a[FIGURES + 2].f;
+    for (int w = 0; w < WEIGHTS; w++) {
+        s->scored = s->scored || a[FIGURES + 1 + w].f > 0;
+    }
     s->reference_name = s->table.rows > 0 ? column[s->first_axis].text[0] : "";
 done:
     return st;
@@ -180,14 +184,13 @@ static cpl_status fill(const sweep *s, cpl_table *t, int64_t shown) {
     cpl_status st = CPL_OK;
     char variant[512];
     double f[COLUMNS_READ];
-    bool scored = s->latency_weight > 0 || s->memory_weight > 0; /* else it is the loss again */
     for (int64_t k = 0; k < shown; k++) {
         int64_t i = s->order[k];
         bool optimal = class_of(s, i) == 0;
         for (int c = 0; c < COLUMNS_READ; c++) {
             f[c] = s->figure[c][i];
         }
-        f[SCORE] = scored ? f[SCORE] : (double)NAN;
+        f[SCORE] = s->scored ? f[SCORE] : (double)NAN;
         variant_text(s, i, variant, sizeof variant);
         CPL_TRY(cpl_table_row(t, optimal));
         CPL_TRY(cpl_table_cell(t, "%s", optimal ? "*" : " "));
@@ -235,7 +238,7 @@ cpl_status cpl_report_sweep(const char *path, const char *name, int64_t rows, FI
     CPL_TRY(sort_trials(&s, arena));
     int64_t shown = rows > 0 && s.done > rows ? rows : s.done;
     fprintf(to, "\n %s: %lld trials; Pareto-optimal ones (%s) by size, then the others by %s\n\n", name, (long long)s.table.rows,
-            s.pareto_axes, s.latency_weight > 0 || s.memory_weight > 0 ? "score" : "loss");
+            s.pareto_axes, s.scored ? "score" : "loss");
     CPL_TRY(cpl_table_create(&t, columns, sizeof columns / sizeof columns[0]));
     CPL_TRY(fill(&s, t, shown));
     CPL_TRY(cpl_table_print(t, to));

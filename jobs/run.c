@@ -44,7 +44,7 @@ static cpl_status run_job(cpl_context *ctx) {
     struct tm tm;
     strftime(ctx->started, sizeof ctx->started, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &tm));
     cpl_run_options *run = &ctx->job->run;
-    CPL_TRY(cpl_job_device(ctx->world, run->device, run->threads, &ctx->dev));
+    CPL_TRY(cpl_job_device(ctx->world, run->device, run->threads, run->ranks_per_gpu, &ctx->dev));
     CPL_TRY(cpl_context_open(ctx));
     CPL_TRY(cpl_agree(ctx->world, cpl_comm_rank(ctx->world) == 0 ? write_job(ctx) : CPL_OK));
     CPL_TRY(cpl_study_keys(ctx));

@@ -241,7 +241,7 @@ cpl_status cpl_model_upload(cpl_device *dev, const cpl_layout *layout, cpl_dtype
     void *work = NULL;
     size_t total = (size_t)layout->total;
     CPL_TRY(cpl_device_alloc(dev, &work, total, cpl_dtype_size(dt), "working weights"));
-    if (dt == CPL_F32) {
+    if (cpl_dtype_storage(dt) == CPL_F32) {
         CPL_TRY(CPL_OPS(dev, upload, work, weights, total * sizeof(float)));
     } else {
         CPL_TRY(cpl_device_alloc(dev, &staging, total, sizeof(float), "weights on their way to the device"));

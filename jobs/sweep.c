@@ -3,6 +3,7 @@
 #include "jobs/study/study.h"
 #include "jobs/study/sweep_record.h"
 #include "io/base/log.h"
+#include "jobs/energy.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,13 +17,26 @@ static cpl_status bind(cpl_job *job, cpl_stage *stage) {
     return st;
 }
 
+/* The option that asks for energy, or NULL. */
+static const char *asks_energy(const cpl_stage *stage) {
+    const cpl_sweep_options *o = stage->options;
+    const cpl_grid *g = stage->extra;
+    for (size_t i = 0; i < o->pareto.count; i++) {
+        if (strcmp(o->pareto.value[i], "energy") == 0) {
+            return "pareto";
+        }
+    }
+    return g->objective.energy > 0 ? "objective" : NULL;
+}
+
 static cpl_status check(const cpl_stage *stage) {
     const cpl_sweep_options *o = stage->options;
     const cpl_grid *g = stage->extra;
     for (size_t i = 0; i < o->pareto.count; i++) {
         const char *axis = o->pareto.value[i];
-        if (strcmp(axis, "val_loss") != 0 && strcmp(axis, "bytes") != 0 && strcmp(axis, "latency") != 0) {
-            return cpl_stage_fail(stage, "pareto", "expected val_loss, bytes or latency, got '%s'", axis);
+        if (strcmp(axis, "val_loss") != 0 && strcmp(axis, "bytes") != 0 && strcmp(axis, "latency") != 0 &&
+            strcmp(axis, "energy") != 0) {
+            return cpl_stage_fail(stage, "pareto", "expected val_loss, bytes, latency or energy, got '%s'", axis);
         }
         if (strcmp(axis, "latency") == 0 && o->latency_runs == 0) {
             return cpl_stage_fail(stage, "pareto", "latency is not measured with latency_runs: 0");
@@ -112,15 +126,16 @@ done:
     return st;
 }
 
-/* Rank 0: whether a file has the trial's outcome. */
-static bool has_outcome(const cpl_context *ctx, const char *key) {
+/* Rank 0: whether a file has the trial's outcome. energy: with the joules, unless the trial failed. */
+static bool has_outcome(const cpl_context *ctx, const char *key, bool energy) {
     char path[4096], *error = NULL;
     bool failed = false, there = false;
     cpl_trial_figures figures;
     cpl_arena *arena = NULL;
     trial_path(ctx, key, path, sizeof path);
     if (access(path, R_OK) == 0 && cpl_arena_create(&arena) == CPL_OK) {
-        there = cpl_trial_read(path, key, &figures, &failed, &error, arena) == CPL_OK;
+        there = cpl_trial_read(path, key, &figures, &failed, &error, arena) == CPL_OK &&
+                (!energy || failed || !isnan(figures.energy_j));
     }
     cpl_arena_destroy(&arena);
     return there;
@@ -146,7 +161,7 @@ cpl_status cpl_sweep_plan_trials(const cpl_context *ctx, const cpl_stage *stage,
     }
     CPL_TRY(find_repeated(p->key, rows, again));
     for (int64_t t = -1; t < g->trials; t++) {
-        if (!again[t + 1] && !(root && has_outcome(ctx, p->key[t + 1]))) {
+        if (!again[t + 1] && !(root && has_outcome(ctx, p->key[t + 1], asks_energy(stage) != NULL))) {
             p->missing[p->n_missing++] = t;
         }
     }
@@ -162,8 +177,8 @@ void cpl_sweep_plan_free(cpl_sweep_plan *p) {
 }
 
 /* One trial by this group. */
-static cpl_status one_trial(cpl_context *ctx, cpl_stage *stage, cpl_comm *group, const cpl_sweep_plan *p, int64_t index, char *note,
-                            size_t size) {
+static cpl_status one_trial(cpl_context *ctx, cpl_stage *stage, cpl_comm *group, bool metered, const cpl_sweep_plan *p,
+                            int64_t index, char *note, size_t size) {
     cpl_status st = CPL_OK;
     const cpl_grid *g = stage->extra;
     cpl_arena *arena = NULL;
@@ -175,8 +190,8 @@ static cpl_status one_trial(cpl_context *ctx, cpl_stage *stage, cpl_comm *group,
     local = local == CPL_OK ? cpl_grid_trial(g, index, &trial, arena) : local;
     CPL_TRY(cpl_agree(group, local));
     trial_path(ctx, p->key[index + 1], path, sizeof path);
-    CPL_TRY(cpl_trial_run(ctx, group, stage->options, &trial, stage->input[trial.model].path, p->key[index + 1], path, &figures,
-                          &failed));
+    CPL_TRY(cpl_trial_run(ctx, group, metered, stage->options, &trial, stage->input[trial.model].path, p->key[index + 1], path,
+                          &figures, &failed));
     cpl_grid_describe(g, index, text, sizeof text);
     cpl_json_quote(quoted, sizeof quoted, text);
     if (failed) {
@@ -194,7 +209,8 @@ done:
 }
 
 /* Takes trials from the counter until there are none. */
-static cpl_status work_through(cpl_context *ctx, cpl_stage *stage, cpl_comm *group, cpl_counter *counter, const cpl_sweep_plan *p) {
+static cpl_status work_through(cpl_context *ctx, cpl_stage *stage, cpl_comm *group, bool metered, cpl_counter *counter,
+                               const cpl_sweep_plan *p) {
     cpl_status st = CPL_OK;
     cpl_progress progress;
     char note[400] = "";
@@ -217,11 +233,30 @@ static cpl_status work_through(cpl_context *ctx, cpl_stage *stage, cpl_comm *gro
         if (next >= p->n_missing) {
             break;
         }
-        CPL_TRY(one_trial(ctx, stage, group, p, p->missing[next], note, sizeof note));
+        CPL_TRY(one_trial(ctx, stage, group, metered, p, p->missing[next], note, sizeof note));
         cpl_progress_step(&progress, next + 1, note);
     }
 done:
     cpl_progress_end(&progress, note);
+    return st;
+}
+
+/* Collective over the world. *metered: a trial's energy can be told from the others'. */
+static cpl_status look_for_meters(cpl_context *ctx, const cpl_stage *stage, cpl_comm *group, bool *metered) {
+    cpl_status st = CPL_OK;
+    cpl_meters meters = CPL_METERS_MISSING;
+    const char *asked = asks_energy(stage);
+    CPL_TRY(cpl_energy_meters(ctx->world, group, ctx->dev, &meters));
+    *metered = meters == CPL_METERS_OWN;
+    if (asked != NULL && meters == CPL_METERS_MISSING) {
+        st = cpl_stage_fail(stage, asked, "energy is not measured here (cupel info says why)");
+    } else if (asked != NULL && meters == CPL_METERS_SHARED) {
+        st =
+            cpl_stage_fail(stage, asked,
+                           "energy of a trial is not measured where ranks of different groups share a GPU, or a host's processors: "
+                           "raise group_ranks so that a group has them to itself");
+    }
+done:
     return st;
 }
 
@@ -230,14 +265,18 @@ static cpl_status run_missing(cpl_context *ctx, cpl_stage *stage, const cpl_swee
     const cpl_sweep_options *o = stage->options;
     cpl_comm *group = NULL;
     cpl_counter *counter = NULL;
+    bool metered = false;
     int size = cpl_comm_size(ctx->world);
     if (o->group_ranks > size) {
         return cpl_stage_fail(stage, "group_ranks", "%lld ranks a group, but only %d ranks in all", (long long)o->group_ranks,
                               size);
     }
     CPL_TRY(cpl_comm_split(ctx->world, (int)(cpl_comm_rank(ctx->world) / o->group_ranks), &group));
+    if (p->n_missing > 0) {
+        CPL_TRY(look_for_meters(ctx, stage, group, &metered));
+    }
     CPL_TRY(cpl_counter_create(&counter, ctx->world, 0));
-    st = work_through(ctx, stage, group, counter, p);
+    st = work_through(ctx, stage, group, metered, counter, p);
     CPL_TRY(cpl_context_wait(ctx, ctx->world, st));
 done:
     cpl_counter_destroy(&counter);

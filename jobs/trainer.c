@@ -28,7 +28,7 @@ typedef struct {
 
 static cpl_status allocate_buffers(trainer *r) {
     cpl_status st = CPL_OK;
-    CPL_TRY(cpl_workspace_create(&r->ws, r->dev, r->spec->layout, r->opt->dtype, r->t->micro_batch, true,
+    CPL_TRY(cpl_workspace_create(&r->ws, r->dev, r->spec->layout, cpl_precision_dtype(r->t->precision), r->t->micro_batch, true,
                                  (cpl_recompute)r->t->recompute, 0));
     CPL_TRY(cpl_steps_create(&r->steps, r->spec, r->opt, r->ws, r->metrics));
 done:
@@ -242,7 +242,6 @@ cpl_status cpl_trainer_run(const cpl_trainer_spec *spec, cpl_training_result *re
     cpl_status st = CPL_OK;
     trainer r;
     double started = cpl_now();
-    size_t held = 0;
     cpl_step_state state;
     memset(result, 0, sizeof *result);
     CPL_TRY(trainer_create(&r, spec));
@@ -256,7 +255,6 @@ cpl_status cpl_trainer_run(const cpl_trainer_spec *spec, cpl_training_result *re
     r.metrics = NULL;
     r.shard.param = NULL;
     result->wall_s = cpl_now() - started;
-    cpl_device_memory(r.dev, &held, &result->device_bytes);
 done:
     trainer_destroy(&r);
     if (st != CPL_OK) {

@@ -35,7 +35,6 @@ typedef struct {
     double val_loss;
     double wall_s;        /* of this process, without what came before a resume */
     int64_t resumed_from; /* step; 0: from the start */
-    size_t device_bytes;  /* peak of this rank */
 } cpl_training_result;
 void cpl_training_result_free(cpl_training_result *r);
 

@@ -3,17 +3,25 @@
 #ifndef CPL_KERNELS_BACKEND_H
 #define CPL_KERNELS_BACKEND_H
 
+#include "kernels/gpus.h"
 #include "kernels/kernels.h"
 
 typedef struct {
     const char *kind; /* "cpu", "cuda" */
+    bool has_tf32;    /* linear_* take CPL_TF32 */
     /* Fills dev->ops, dev->name and dev->impl, whose first member is a cpl_backend_device. Errors: CPL_UNSUPPORTED with what is
      * missing. */
-    cpl_status (*open)(cpl_device *dev, int local_rank, int threads);
+    cpl_status (*open)(cpl_device *dev, int gpu, int threads);
     void (*close)(cpl_device *dev);
     /* *out = `bytes` > 0 zeroed, 64-byte aligned, at least 64 of them. Errors: CPL_NO_MEMORY naming `what`. */
     cpl_status (*alloc)(cpl_device *dev, void **out, size_t bytes, const char *what);
     void (*free)(cpl_device *dev, void *memory, size_t bytes);
+    void (*memory)(cpl_device *dev, size_t *left, size_t *all); /* of the whole device, by its driver; NULL: not known */
+    void (*energy)(cpl_device *dev, cpl_energy *out);           /* *out is zeroed; NULL: not measured */
+    void (*trim)(cpl_device *dev);                              /* NULL: keeps nothing that is counted */
+    int64_t (*pass_bytes)(const cpl_pass *pass);                /* NULL: it is not in this build */
+    int (*gpus)(cpl_gpu *list, int most);                       /* NULL, and link: it has none */
+    cpl_gpu_link (*link)(const cpl_gpu *from, const cpl_gpu *to);
     /* NULL in all of these: the device is the host, memory is plain and operations are over when they return. */
     cpl_status (*host_alloc)(cpl_device *dev, void **out, size_t bytes, const char *what); /* page-locked, zeroed */
     void (*host_free)(cpl_device *dev, void *memory);
@@ -25,7 +33,7 @@ typedef struct {
     void *(*stream)(const cpl_device *dev);
     cpl_status (*record)(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
     cpl_status (*replay)(cpl_device *dev, cpl_graph *graph);
-    void (*forget)(cpl_graph *graph);
+    void (*forget)(cpl_device *dev, cpl_graph *graph);
     int (*threads)(const cpl_device *dev);
     void (*about)(void (*line)(const char *key, const char *value, void *to), void *to); /* without a device; may be NULL */
     void (*describe)(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to);
@@ -42,7 +50,13 @@ typedef struct {
     cpl_block *blocks;          /* owned [capacity] */
     size_t count, capacity;
     size_t held, peak; /* bytes */
+    size_t used_peak;  /* bytes of the whole device */
+    size_t most;       /* CUPEL_DEVICE_BYTES; SIZE_MAX: no limit */
 } cpl_backend_device;
+/* Frees whatever of cpl_device_alloc is left. */
+void cpl_device_free_all(cpl_device *dev);
+/* Looks at the memory in use on the whole device. */
+void cpl_device_look(cpl_device *dev);
 
 extern const cpl_backend cpl_cpu_backend, cpl_cuda_backend;
 

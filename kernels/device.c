@@ -1,5 +1,6 @@
 /* Devices: choice of a back end and accounting of its memory.
  * Refuses to fall back in silence: a back end asked for by name is there or the call fails. */
+#include "io/base/number.h"
 #include "kernels/backend.h"
 #include <stdlib.h>
 #include <string.h>
@@ -8,7 +9,7 @@ static const cpl_backend *const backends[] = {&cpl_cuda_backend, &cpl_cpu_backen
 enum { BACKENDS = sizeof backends / sizeof backends[0] };
 
 const char *cpl_dtype_name(cpl_dtype t) {
-    static const char *const names[] = {[CPL_F32] = "fp32", [CPL_BF16] = "bf16", [CPL_F16] = "fp16"};
+    static const char *const names[] = {[CPL_F32] = "fp32", [CPL_BF16] = "bf16", [CPL_F16] = "fp16", [CPL_TF32] = "tf32"};
     return names[t];
 }
 
@@ -21,10 +22,28 @@ const char *cpl_device_backend(const char *backend) {
     return strcmp(backend, "auto") == 0 && chosen != NULL && chosen[0] != '\0' ? chosen : backend;
 }
 
-cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads) {
+/* CUPEL_DEVICE_BYTES. */
+static cpl_status memory_limit(size_t *most) {
+    const char *text = getenv("CUPEL_DEVICE_BYTES");
+    int64_t bytes = 0;
+    *most = SIZE_MAX;
+    if (text == NULL || text[0] == '\0') {
+        return CPL_OK;
+    }
+    if (!cpl_number_integer(text, &bytes) || bytes < 0) {
+        return cpl_fail(CPL_USAGE, __FILE__, __LINE__, "CUPEL_DEVICE_BYTES=%s in the environment: expected bytes such as 512Mi",
+                        text);
+    }
+    *most = (size_t)bytes;
+    return CPL_OK;
+}
+
+cpl_status cpl_device_create(cpl_device **out, const char *backend, int gpu, int threads) {
     cpl_status st = CPL_OK;
     cpl_device *dev = NULL;
+    size_t most = SIZE_MAX;
     *out = NULL;
+    CPL_TRY(memory_limit(&most));
     const char *chosen = getenv("CUPEL_DEVICE");
     backend = cpl_device_backend(backend);
     bool automatic = strcmp(backend, "auto") == 0;
@@ -32,16 +51,17 @@ cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_ra
         CPL_FAIL(CPL_USAGE, "back end '%s'%s: expected auto, cpu or cuda", backend,
                  chosen != NULL && strcmp(backend, chosen) == 0 ? " (CUPEL_DEVICE)" : "");
     }
-    if (threads < 0 || local_rank < 0) {
-        CPL_FAIL(CPL_USAGE, "device: %d threads and local rank %d: expected 0 or more", threads, local_rank);
+    if (threads < 0 || gpu < 0) {
+        CPL_FAIL(CPL_USAGE, "device: %d threads and GPU %d: expected 0 or more", threads, gpu);
     }
     CPL_TRY(cpl_alloc(&dev, 1, sizeof *dev, "device"));
     for (int i = 0; i < BACKENDS; i++) {
         if (automatic || strcmp(backend, backends[i]->kind) == 0) {
-            st = backends[i]->open(dev, local_rank, threads);
+            st = backends[i]->open(dev, gpu, threads);
             if (st == CPL_OK) {
                 dev->kind = backends[i]->kind;
                 shared_of(dev)->backend = backends[i];
+                shared_of(dev)->most = most;
                 *out = dev;
                 return CPL_OK;
             }
@@ -59,14 +79,19 @@ void cpl_device_destroy(cpl_device **dev) {
     if (dev == NULL || *dev == NULL) {
         return;
     }
-    cpl_backend_device *shared = shared_of(*dev);
-    const cpl_backend *backend = shared->backend;
-    for (size_t i = 0; i < shared->count; i++) {
-        backend->free(*dev, shared->blocks[i].memory, shared->blocks[i].bytes);
-    }
-    cpl_free(&shared->blocks);
+    const cpl_backend *backend = shared_of(*dev)->backend;
+    cpl_device_free_all(*dev);
     backend->close(*dev);
     cpl_free(dev);
+}
+
+void cpl_device_free_all(cpl_device *dev) {
+    cpl_backend_device *shared = shared_of(dev);
+    for (size_t i = 0; i < shared->count; i++) {
+        shared->backend->free(dev, shared->blocks[i].memory, shared->blocks[i].bytes);
+    }
+    cpl_free(&shared->blocks);
+    shared->count = shared->capacity = shared->held = 0;
 }
 
 static cpl_status reserve_block(cpl_backend_device *shared) {
@@ -99,11 +124,18 @@ cpl_status cpl_device_alloc(cpl_device *dev, void *out, size_t count, size_t siz
     if (bytes == 0) {
         return CPL_OK;
     }
+    if (shared->most != SIZE_MAX && (shared->held > shared->most || bytes > shared->most - shared->held)) {
+        CPL_FAIL(CPL_NO_MEMORY, "%s: %zu bytes wanted on %s; CUPEL_DEVICE_BYTES allows %zu, and this process holds %zu", what,
+                 bytes, dev->name, shared->most, shared->held);
+    }
     CPL_TRY(reserve_block(shared));
     CPL_TRY(shared->backend->alloc(dev, &memory, bytes, what));
     shared->blocks[shared->count++] = (cpl_block){.memory = memory, .bytes = bytes};
     shared->held += bytes;
-    shared->peak = shared->held > shared->peak ? shared->held : shared->peak;
+    if (shared->held > shared->peak) {
+        shared->peak = shared->held;
+        cpl_device_look(dev);
+    }
     memcpy(out, &memory, sizeof memory);
 done:
     return st;
@@ -139,6 +171,54 @@ void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak) {
 
 void cpl_device_peak_restart(cpl_device *dev) {
     shared_of(dev)->peak = shared_of(dev)->held;
+    shared_of(dev)->used_peak = 0;
+    cpl_device_look(dev);
+}
+
+void cpl_device_look(cpl_device *dev) {
+    cpl_backend_device *shared = shared_of(dev);
+    size_t left = 0, all = 0;
+    if (shared->backend->memory != NULL) {
+        shared->backend->memory(dev, &left, &all);
+        shared->used_peak = all - left > shared->used_peak ? all - left : shared->used_peak;
+    }
+}
+
+size_t cpl_device_memory_used(const cpl_device *dev) {
+    return shared_of(dev)->used_peak;
+}
+
+size_t cpl_device_memory_room(const cpl_device *dev) {
+    const cpl_backend_device *shared = shared_of(dev);
+    size_t left = 0, all = 0, room = shared->most;
+    if (shared->backend->memory != NULL) {
+        shared->backend->memory((cpl_device *)dev, &left, &all);
+        room = shared->held + left < room ? shared->held + left : room;
+    }
+    return room;
+}
+
+void cpl_device_trim(cpl_device *dev) {
+    if (shared_of(dev)->backend->trim != NULL) {
+        shared_of(dev)->backend->trim(dev);
+    }
+}
+
+void cpl_device_pass_bytes(const char *kind, const cpl_pass *pass, int64_t *bytes) {
+    *bytes = -1;
+    for (int i = 0; i < BACKENDS; i++) {
+        if (strcmp(backends[i]->kind, kind) == 0 && backends[i]->pass_bytes != NULL) {
+            *bytes = backends[i]->pass_bytes(pass);
+        }
+    }
+}
+
+void cpl_device_energy(cpl_device *dev, cpl_energy *out) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    memset(out, 0, sizeof *out);
+    if (backend->energy != NULL) {
+        backend->energy(dev, out);
+    }
 }
 
 cpl_status cpl_device_host_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what) {
@@ -216,6 +296,7 @@ cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context),
     dev->trace = NULL; /* what is recorded does not run */
     cpl_status st = backend->record == NULL ? CPL_OK : backend->record(dev, body, context, out);
     dev->trace = trace;
+    cpl_device_look(dev);
     return st;
 }
 
@@ -225,13 +306,25 @@ cpl_status cpl_device_replay(cpl_device *dev, cpl_graph *graph) {
 
 void cpl_graph_destroy(cpl_device *dev, cpl_graph **graph) {
     if (*graph != NULL) {
-        shared_of(dev)->backend->forget(*graph);
+        shared_of(dev)->backend->forget(dev, *graph);
         *graph = NULL;
     }
 }
 
+int cpl_gpus(cpl_gpu list[CPL_GPUS_MAX]) {
+    return cpl_cuda_backend.gpus == NULL ? 0 : cpl_cuda_backend.gpus(list, CPL_GPUS_MAX);
+}
+
+cpl_gpu_link cpl_gpus_link(const cpl_gpu *from, const cpl_gpu *to) {
+    return cpl_cuda_backend.link == NULL ? CPL_LINK_NONE : cpl_cuda_backend.link(from, to);
+}
+
 int cpl_device_threads(const cpl_device *dev) {
     return shared_of(dev)->backend->threads(dev);
+}
+
+bool cpl_device_has(const cpl_device *dev, cpl_dtype dt) {
+    return dt != CPL_TF32 || shared_of(dev)->backend->has_tf32;
 }
 
 void cpl_device_describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to) {

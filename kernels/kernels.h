@@ -13,9 +13,14 @@
  *   B sequences of a micro-batch   T tokens of a sequence   C width (channels)   H heads   D head size, C = H*D
  *   V vocabulary   L blocks   R rows = B*T   N, K output and input features of a linear layer */
 
-typedef enum { CPL_F32, CPL_BF16, CPL_F16 } cpl_dtype; /* storage format of weights and activations */
+/* Storage format of weights and activations. CPL_TF32 is stored as CPL_F32: it says that linear_* may multiply what they read with
+ * 10 bits of mantissa (sums stay f32), and only they and cpl_workspace_create are given it. */
+typedef enum { CPL_F32, CPL_BF16, CPL_F16, CPL_TF32, CPL_DTYPES } cpl_dtype;
 static inline size_t cpl_dtype_size(cpl_dtype t) {
-    return t == CPL_F32 ? 4 : 2;
+    return t == CPL_BF16 || t == CPL_F16 ? 2 : 4;
+}
+static inline cpl_dtype cpl_dtype_storage(cpl_dtype t) {
+    return t == CPL_TF32 ? CPL_F32 : t;
 }
 const char *cpl_dtype_name(cpl_dtype t);
 
@@ -80,6 +85,7 @@ struct cpl_device {
     const cpl_ops *ops; /* borrowed, static */
     const char *kind;   /* "cpu" or "cuda" */
     char name[128];     /* what it is, for people */
+    char where[64];     /* of a GPU: the beginning of its UUID, and its PCI address; "" on the CPU */
     void *impl;         /* owned by the back end */
     cpl_trace *trace;   /* borrowed; NULL: operations are not timed one by one */
 };
@@ -89,10 +95,11 @@ struct cpl_device {
                           : (cpl_trace_begin((dev), #op), cpl_trace_end((dev), (dev)->ops->op((dev), __VA_ARGS__))))
 
 /* backend "auto" takes what CUPEL_DEVICE says (cpu, cuda), else a GPU where there is one, else the CPU; "cpu"; "cuda" fails where
- * there is none. local_rank picks the GPU. threads: CPU threads of this process, 0: OMP_NUM_THREADS, else as many as the process
- * may run on. Errors: CPL_UNSUPPORTED with what is missing. */
+ * there is none. gpu: which of cpl_gpus. threads: CPU threads of this process, 0: OMP_NUM_THREADS, else as many as the process may
+ * run on. CUPEL_DEVICE_BYTES in the environment ("512Mi") is the most device memory this process takes.
+ * Errors: CPL_UNSUPPORTED with what is missing; CPL_USAGE. */
 const char *cpl_device_backend(const char *backend); /* what CUPEL_DEVICE makes of it: "auto" stays "auto" without */
-cpl_status cpl_device_create(cpl_device **out, const char *backend, int local_rank, int threads);
+cpl_status cpl_device_create(cpl_device **out, const char *backend, int gpu, int threads);
 void cpl_device_destroy(cpl_device **dev);
 
 /* Device memory: zeroed, 64-byte aligned. Errors: CPL_NO_MEMORY naming `what` and the bytes wanted. Counted for cpl_device_memory.
@@ -102,7 +109,37 @@ void cpl_device_free(cpl_device *dev, void *pointer); /* pointer: a T **, set to
 /* Bytes of device memory held now, and at the most since creation or the last restart. */
 void cpl_device_memory(const cpl_device *dev, size_t *held, size_t *peak);
 void cpl_device_peak_restart(cpl_device *dev); /* the peak is what is held now */
+/* The most that was in use on the whole device by whomever, over the same time, as the driver counted it when this process took
+ * memory or recorded a graph: with context, libraries and other processes. 0: not known (the CPU). */
+size_t cpl_device_memory_used(const cpl_device *dev);
+/* What this process could hold in all: what it holds and what is free. SIZE_MAX: not known. */
+size_t cpl_device_memory_room(const cpl_device *dev);
 int cpl_device_threads(const cpl_device *dev);
+/* Whether linear layers can be computed in dt here: CPL_TF32 needs a GPU. */
+bool cpl_device_has(const cpl_device *dev, cpl_dtype dt);
+
+/* Frees what operations keep for the next call of the same, where no graph is recorded. */
+void cpl_device_trim(cpl_device *dev);
+
+/* Passes over a micro-batch, as far as the operations' own memory depends on them. */
+typedef struct {
+    cpl_dtype dt;
+    int64_t B, T, C, H; /* B 0: none, flat buffers alone */
+    int64_t flat;       /* elements of the largest flat buffer that is summed or searched */
+    bool training;      /* backward too */
+} cpl_pass;
+/* Device memory that operations take for themselves in such passes, counted as held: partial sums, workspaces of libraries. kind:
+ * of a back end. *bytes -1: this build lacks it. Needs no device. */
+void cpl_device_pass_bytes(const char *kind, const cpl_pass *pass, int64_t *bytes);
+
+/* Energy drawn until now by the whole GPU, or by the processor packages of the host: only differences of one meter mean something.
+ * Devices with the same meter draw the same joules. */
+typedef struct {
+    const char *source; /* "NVML", "RAPL"; NULL: not measured here, and nothing else is set */
+    char meter[64];     /* unique in the world */
+    double joules;
+} cpl_energy;
+void cpl_device_energy(cpl_device *dev, cpl_energy *out);
 
 /* Host memory for feed and fetch: page-locked where that lets copies run beside the host. Zeroed. Errors: CPL_NO_MEMORY. */
 cpl_status cpl_device_host_alloc(cpl_device *dev, void *out, size_t count, size_t size, const char *what);

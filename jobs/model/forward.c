@@ -15,15 +15,18 @@ cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t lay
     }
     CPL_TRY(
         CPL_OPS(dev, layernorm_fwd, ws->dt, b->sum1, b->norm1, b->mean1, b->rstd1, x, delta, w[CPL_P_LN1_G], w[CPL_P_LN1_B], R, C));
-    CPL_TRY(CPL_OPS(dev, linear_fwd, ws->dt, b->qkv, NULL, b->norm1, w[CPL_P_QKV_W], w[CPL_P_QKV_B], CPL_ACT_NONE, R, 3 * C, C));
+    CPL_TRY(
+        CPL_OPS(dev, linear_fwd, ws->product, b->qkv, NULL, b->norm1, w[CPL_P_QKV_W], w[CPL_P_QKV_B], CPL_ACT_NONE, R, 3 * C, C));
     CPL_TRY(CPL_OPS(dev, attention_fwd, ws->dt, b->context, b->lse, b->qkv, ws->B, ws->T, H, C / H));
-    CPL_TRY(CPL_OPS(dev, linear_fwd, ws->dt, ws->delta, NULL, b->context, w[CPL_P_PROJ_W], w[CPL_P_PROJ_B], CPL_ACT_NONE, R, C, C));
+    CPL_TRY(CPL_OPS(dev, linear_fwd, ws->product, ws->delta, NULL, b->context, w[CPL_P_PROJ_W], w[CPL_P_PROJ_B], CPL_ACT_NONE, R, C,
+                    C));
     CPL_TRY(CPL_OPS(dev, layernorm_fwd, ws->dt, b->sum2, b->norm2, b->mean2, b->rstd2, b->sum1, ws->delta, w[CPL_P_LN2_G],
                     w[CPL_P_LN2_B], R, C));
-    CPL_TRY(CPL_OPS(dev, linear_fwd, ws->dt, b->act, b->pre, b->norm2, w[CPL_P_FC_W], w[CPL_P_FC_B], CPL_ACT_GELU, R, 4 * C, C));
+    CPL_TRY(
+        CPL_OPS(dev, linear_fwd, ws->product, b->act, b->pre, b->norm2, w[CPL_P_FC_W], w[CPL_P_FC_B], CPL_ACT_GELU, R, 4 * C, C));
     if (!rerun) {
-        CPL_TRY(
-            CPL_OPS(dev, linear_fwd, ws->dt, ws->delta, NULL, b->act, w[CPL_P_OUT_W], w[CPL_P_OUT_B], CPL_ACT_NONE, R, C, 4 * C));
+        CPL_TRY(CPL_OPS(dev, linear_fwd, ws->product, ws->delta, NULL, b->act, w[CPL_P_OUT_W], w[CPL_P_OUT_B], CPL_ACT_NONE, R, C,
+                        4 * C));
     }
 done:
     return st;

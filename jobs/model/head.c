@@ -10,7 +10,7 @@ cpl_status cpl_model_logits_rows(cpl_workspace *ws, const void *weights, int64_t
         CPL_FAIL(CPL_INTERNAL, "logits of rows %lld to %lld: expected at most %lld rows inside [0, %lld)", (long long)first_row,
                  (long long)(first_row + rows), (long long)ws->loss_rows, (long long)ws->R);
     }
-    CPL_TRY(CPL_OPS(ws->dev, linear_fwd, ws->dt, ws->logits, NULL, cpl_act_at(ws, ws->hidden, first_row * C),
+    CPL_TRY(CPL_OPS(ws->dev, linear_fwd, ws->product, ws->logits, NULL, cpl_act_at(ws, ws->hidden, first_row * C),
                     cpl_weight(ws, weights, cpl_layout_wte(ws->layout)), NULL, CPL_ACT_NONE, rows, ws->layout->shape.vocab, C));
     *logits = ws->logits;
 done:
@@ -45,9 +45,9 @@ static cpl_status check_teacher(const cpl_workspace *ws, const cpl_workspace *te
                  (long long)teacher->layout->shape.vocab, (long long)teacher->T, (long long)ws->layout->shape.vocab,
                  (long long)ws->T);
     }
-    if (teacher->B != ws->B || teacher->dt != ws->dt || teacher->dev != ws->dev) {
+    if (teacher->B != ws->B || teacher->product != ws->product || teacher->dev != ws->dev) {
         CPL_FAIL(CPL_INTERNAL, "teacher workspace of %lld sequences in %s: expected %lld in %s on the same device",
-                 (long long)teacher->B, cpl_dtype_name(teacher->dt), (long long)ws->B, cpl_dtype_name(ws->dt));
+                 (long long)teacher->B, cpl_dtype_name(teacher->product), (long long)ws->B, cpl_dtype_name(ws->product));
     }
 done:
     return st;
@@ -87,9 +87,9 @@ cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *
         rows = ws->R - first < most ? ws->R - first : most;
         CPL_TRY(cpl_model_logits_rows(ws, weights, first, rows, &logits));
         CPL_TRY(loss_of_rows(ws, first, rows, targets, loss, row_weight, state, soft, hard));
-        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->dt, grad + wte->offset, NULL, logits, hidden, rows, V, C,
+        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->product, grad + wte->offset, NULL, logits, hidden, rows, V, C,
                         overwrites && first == 0));
-        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->dt, cpl_act_at(ws, ws->delta, first * C), NULL, logits,
+        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->product, cpl_act_at(ws, ws->delta, first * C), NULL, logits,
                         cpl_weight(ws, weights, wte), NULL, rows, V, C));
     }
 done:

@@ -25,7 +25,7 @@ typedef struct {
 struct cpl_workspace {
     cpl_device *dev;          /* borrowed */
     const cpl_layout *layout; /* borrowed */
-    cpl_dtype dt;
+    cpl_dtype dt, product;    /* storage; what linear layers multiply in, stored the same way */
     bool training;
     cpl_recompute recompute;
     int64_t B, T, R, loss_rows;

@@ -117,7 +117,13 @@ static int64_t default_loss_rows(const cpl_workspace *ws) {
 /* The sizes of a workspace without memory; false where they are impossible. */
 static bool describe(cpl_workspace *ws, const cpl_layout *l, cpl_dtype dt, int64_t B, bool training, cpl_recompute recompute,
                      int64_t loss_rows) {
-    *ws = (cpl_workspace){.layout = l, .dt = dt, .training = training, .recompute = recompute, .B = B, .T = l->shape.context};
+    *ws = (cpl_workspace){.layout = l,
+                          .dt = cpl_dtype_storage(dt),
+                          .product = dt,
+                          .training = training,
+                          .recompute = recompute,
+                          .B = B,
+                          .T = l->shape.context};
     if (B < 1 || loss_rows < 0 || !cpl_mul_i64(B, ws->T, &ws->R)) {
         return false;
     }
@@ -143,6 +149,9 @@ cpl_status cpl_workspace_create(cpl_workspace **out, cpl_device *dev, const cpl_
     cpl_workspace *ws = NULL;
     carver c = {0};
     *out = NULL;
+    if (!cpl_device_has(dev, dt)) {
+        CPL_FAIL(CPL_UNSUPPORTED, "precision %s needs a GPU, and this device is %s", cpl_dtype_name(dt), dev->name);
+    }
     size_t bytes = cpl_workspace_bytes(l, dt, B, training, recompute, loss_rows);
     if (bytes == SIZE_MAX) {
         CPL_FAIL(CPL_USAGE, "micro-batch of %lld sequences of %lld tokens, %lld rows of logits: expected sizes that fit in memory",

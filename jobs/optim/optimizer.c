@@ -112,7 +112,7 @@ cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device 
         o->comm = comm;
         o->dev = dev;
         o->layout = layout;
-        o->dtype = cpl_precision_dtype(t->precision);
+        o->dtype = cpl_dtype_storage(cpl_precision_dtype(t->precision));
         o->weight_decay = (float)t->weight_decay;
         o->rules = cpl_step_rules_of(t, t->global_batch / t->micro_batch);
         o->ready = (cpl_grad_ready){scan_and_sum, o};
@@ -165,7 +165,7 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
     cpl_free(opt);
 }
 
-int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked) {
+int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl) {
     int64_t each = (chunks_of(layout) + ranks - 1) / ranks * CPL_SUM_CHUNK; /* as cpl_layout_shards */
     int64_t begin = 0, end = layout->total, longest = each < end ? each : end;
     if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
@@ -173,9 +173,9 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
         end = each * (rank + 1) < end ? each * (rank + 1) : end;
     }
     int64_t count = end - begin, element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
-    int64_t master = t->precision == CPL_PRECISION_FP32 ? 0 : 4;
+    int64_t master = element == 4 ? 0 : 4; /* the working weights are the master weights where they are f32 */
     return layout->total * (element + 4) + count * (master + 8 + masked) + 8 * chunks_of(layout) + 4 * (layout->count + 1) +
-           (int64_t)sizeof(cpl_step_state) + cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE);
+           (int64_t)sizeof(cpl_step_state) + (nccl ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
 }
 
 /* --- the step --- */

@@ -12,7 +12,8 @@ static cpl_status check_stage(cpl_context *ctx, const cpl_stage *s, cpl_model_sh
     for (size_t i = 0; i < s->n_inputs; i++) {
         CPL_TRY(cpl_stage_plan_input(ctx, s, &s->input[i], shapes, &inputs[i]));
     }
-    CPL_TRY(cpl_agree(ctx->world, cpl_stage_plan_make(ctx, s, inputs, cpl_comm_size(ctx->world), &no_trials, &plan)));
+    CPL_TRY(cpl_agree(ctx->world, cpl_stage_plan_make(ctx, s, inputs, cpl_comm_size(ctx->world),
+                                                      ctx->dev == NULL ? "cpu" : ctx->dev->kind, &no_trials, &plan)));
     shapes[s - ctx->job->stage] = plan.shape;
 done:
     cpl_free(&inputs);

@@ -36,10 +36,10 @@ void cpl_pareto(int64_t n, int axes, const double *const *value, double *optimal
     }
 }
 
-double cpl_score(double loss, double loss0, double latency, double latency0, double latency_weight, double bytes, double bytes0,
-                 double memory_weight) {
+double cpl_score(double loss, double loss0, const cpl_score_term *terms, int count) {
     double score = loss / loss0;
-    score += latency_weight > 0 ? latency_weight * latency / latency0 : 0;
-    score += memory_weight > 0 ? memory_weight * bytes / bytes0 : 0;
+    for (int i = 0; i < count; i++) {
+        score += terms[i].weight > 0 ? terms[i].weight * terms[i].value / terms[i].reference : 0;
+    }
     return score;
 }

@@ -4,6 +4,8 @@
 #include "cupel_version.h"
 #include "io/base/log.h"
 #include "jobs/store.h"
+#include "jobs/study/cost.h"
+#include "jobs/study/fit.h"
 #include <dirent.h>
 #include <errno.h>
 #include <math.h>
@@ -176,7 +178,8 @@ done:
     return st;
 }
 
-static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record *rec, const char *started, double wall_s) {
+static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record *rec, const char *started,
+                               const cpl_stage_cost *cost) {
     cpl_status st = CPL_OK;
     char path[PATH_SIZE], finished[32];
     now_text(finished, sizeof finished);
@@ -185,7 +188,7 @@ static cpl_status write_record(cpl_context *ctx, const cpl_stage *s, cpl_record 
     CPL_TRY(cpl_record_text(rec, "status", "done"));
     CPL_TRY(cpl_record_text(rec, "started", started));
     CPL_TRY(cpl_record_text(rec, "finished", finished));
-    CPL_TRY(cpl_record_f64(rec, "wall_s", wall_s));
+    CPL_TRY(cpl_stage_cost_record(rec, cost));
     CPL_TRY(cpl_record_i64(rec, "ranks", cpl_comm_size(ctx->world)));
     if (s->model != NULL) {
         CPL_TRY(cpl_record_text(rec, "model", s->model + strlen(ctx->out) + 1));
@@ -328,8 +331,8 @@ static cpl_status make_folder(const char *path) {
 static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
     cpl_status st = CPL_OK;
     cpl_record *rec = NULL;
+    cpl_stage_cost cost;
     char started[32];
-    double start = cpl_now();
     now_text(started, sizeof started);
     cpl_log_event("stage_started", "\"stage\":\"%s\",\"kind\":\"%s\",\"key\":\"%s\"", s->name, s->kind->name, s->key);
     cpl_status local = cpl_record_create(&rec);
@@ -337,16 +340,18 @@ static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
         local = make_folder(s->folder);
     }
     CPL_TRY(cpl_agree(ctx->world, local));
-    cpl_device_peak_restart(ctx->dev);
-    CPL_TRY(s->kind->run(ctx, s, rec));
+    cpl_stage_cost_begin(&cost, ctx->dev);
+    st = s->kind->run(ctx, s, rec);
+    CPL_TRY(st == CPL_NO_MEMORY ? cpl_stage_fit(ctx, s, st) : st);
+    CPL_TRY(cpl_stage_cost_end(&cost, ctx->world, ctx->dev));
     if (is_root(ctx)) {
-        local = write_record(ctx, s, rec, started, cpl_now() - start);
+        local = write_record(ctx, s, rec, started, &cost);
         if (local == CPL_OK) {
             local = cpl_study_results(ctx);
         }
     }
     CPL_TRY(cpl_agree(ctx->world, local));
-    cpl_log_event("stage_done", "\"stage\":\"%s\",\"wall_s\":%.3f", s->name, cpl_now() - start);
+    cpl_log_event("stage_done", "\"stage\":\"%s\",\"wall_s\":%.3f", s->name, cost.wall_s);
 done:
     cpl_record_destroy(&rec);
     return st;

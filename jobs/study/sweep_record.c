@@ -60,6 +60,7 @@ static cpl_status read_reference(table *t) {
 static cpl_status read_trials(table *t) {
     cpl_status st = CPL_OK;
     const cpl_objective_options *o = &t->g->objective;
+    const cpl_trial_figures *reference = &t->reference;
     for (int64_t i = 0; i < t->g->trials; i++) {
         cpl_trial_figures f;
         bool failed = false;
@@ -71,8 +72,10 @@ static cpl_status read_trials(table *t) {
         }
         CPL_TRY(cpl_arena_strdup(t->arena, &t->status[i], failed ? "failed" : "done"));
         t->compression[i] = t->reference.bytes / f.bytes;
-        t->score[i] = cpl_score(f.val_loss, t->reference.val_loss, f.latency_p50_ms, t->reference.latency_p50_ms, o->latency,
-                                f.bytes, t->reference.bytes, o->memory);
+        const cpl_score_term terms[] = {{f.latency_p50_ms, reference->latency_p50_ms, o->latency},
+                                        {f.bytes, reference->bytes, o->memory},
+                                        {f.energy_j, reference->energy_j, o->energy}};
+        t->score[i] = cpl_score(f.val_loss, reference->val_loss, terms, sizeof terms / sizeof terms[0]);
     }
 done:
     return st;
@@ -92,10 +95,11 @@ static const double *figure_named(const table *t, const char *name) {
 
 static void find_front(table *t) {
     const cpl_sweep_options *o = t->stage->options;
-    const double *axes[3];
+    const double *axes[4];
     int n = 0;
-    for (size_t i = 0; i < o->pareto.count && n < 3; i++) {
-        const char *name = strcmp(o->pareto.value[i], "latency") == 0 ? "latency_p50_ms" : o->pareto.value[i];
+    for (size_t i = 0; i < o->pareto.count && n < 4; i++) {
+        const char *said = o->pareto.value[i];
+        const char *name = strcmp(said, "latency") == 0 ? "latency_p50_ms" : strcmp(said, "energy") == 0 ? "energy_j" : said;
         axes[n++] = figure_named(t, name);
     }
     cpl_pareto(t->g->trials, n, axes, t->pareto);
@@ -206,7 +210,7 @@ static cpl_status write_arrays(table *t) {
     CPL_TRY(cpl_record_array(t->rec, "compression", CPL_T_F64, n, t->counts, t->dims, t->compression, "",
                              "bytes of the first model unchanged, in 16 bits, over bytes"));
     CPL_TRY(cpl_record_array(t->rec, "score", CPL_T_F64, n, t->counts, t->dims, t->score, "",
-                             "loss + latency and memory times their weights, each relative to the first model unchanged"));
+                             "loss + latency, memory and energy times their weights, each relative to the first model unchanged"));
     CPL_TRY(cpl_record_array(t->rec, "pareto", CPL_T_F64, n, t->counts, t->dims, t->pareto, "",
                              "1: no other trial is better on all chosen axes"));
     CPL_TRY(cpl_record_array(t->rec, "tensor_sqnr_db", CPL_T_F64, n + 1, t->counts, t->dims, t->sqnr, "dB", "SQNR of each tensor"));
@@ -265,6 +269,7 @@ static cpl_status write_attributes(table *t) {
     CPL_TRY(cpl_record_i64(t->rec, "trials_failed", failed));
     CPL_TRY(cpl_record_f64(t->rec, "objective_latency", t->g->objective.latency));
     CPL_TRY(cpl_record_f64(t->rec, "objective_memory", t->g->objective.memory));
+    CPL_TRY(cpl_record_f64(t->rec, "objective_energy", t->g->objective.energy));
     CPL_TRY(cpl_arena_strdup(t->arena, &axes, ""));
     for (size_t i = 0; i < o->pareto.count; i++) {
         CPL_TRY(cpl_arena_printf(t->arena, &axes, "%s%s%s", axes, i > 0 ? "," : "", o->pareto.value[i]));

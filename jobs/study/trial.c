@@ -2,6 +2,7 @@
  * Refuses to leave half a result. */
 #include "jobs/study/trial.h"
 #include "io/base/log.h"
+#include "jobs/energy.h"
 #include "jobs/evaluate.h"
 #include "jobs/quantize_model.h"
 #include "jobs/select.h"
@@ -13,8 +14,9 @@
 #include <string.h>
 
 typedef struct {
-    cpl_context *ctx;              /* borrowed */
-    cpl_comm *group;               /* borrowed */
+    cpl_context *ctx; /* borrowed */
+    cpl_comm *group;  /* borrowed */
+    bool metered;
     const cpl_sweep_options *o;    /* borrowed */
     const cpl_trial *trial;        /* borrowed */
     cpl_model model;               /* owned */
@@ -111,11 +113,16 @@ static cpl_status measure(work *w) {
     void *weights = NULL;
     cpl_split train, val;
     cpl_latency latency = {NAN, NAN, NAN};
+    cpl_energy_phase phase;
+    cpl_energy_drawn energy;
     CPL_TRY(cpl_context_text(w->ctx, w->group, &l->shape, &train, &val));
     cpl_status local = cpl_model_upload(dev, l, dt, w->model.weights, &weights);
     local = local == CPL_OK ? cpl_workspace_create(&ws, dev, l, dt, w->o->micro_batch, false, CPL_RECOMPUTE_NONE, 0) : local;
     CPL_TRY(cpl_agree(w->group, local));
+    cpl_energy_begin(&phase, dev);
     CPL_TRY(cpl_evaluate(w->group, dev, ws, weights, &val, w->o->micro_batch, &w->f->val_loss));
+    CPL_TRY(cpl_energy_end(&phase, w->group, dev, &energy));
+    w->f->energy_j = w->metered && energy.joules > 0 ? energy.joules : (double)NAN; /* 0: too short for the counter */
     w->f->perplexity = exp(w->f->val_loss);
     if (cpl_comm_rank(w->group) == 0) {
         local = cpl_measure_latency(dev, l, dt, weights, &val, w->o->latency_runs, &latency);
@@ -207,10 +214,10 @@ static void no_figures(cpl_trial_figures *f) {
     }
 }
 
-cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, const cpl_sweep_options *options, const cpl_trial *trial,
+cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, bool metered, const cpl_sweep_options *options, const cpl_trial *trial,
                          const char *model_path, const char *key, const char *path, cpl_trial_figures *figures, bool *failed) {
     cpl_status st = CPL_OK;
-    work w = {.ctx = ctx, .group = group, .o = options, .trial = trial, .f = figures};
+    work w = {.ctx = ctx, .group = group, .metered = metered, .o = options, .trial = trial, .f = figures};
     double start = cpl_now();
     char error[CPL_MESSAGE_MAX] = "";
     snprintf(w.key, sizeof w.key, "%s", key);

@@ -15,6 +15,7 @@
     X(latency_p50_ms, "ms", "median time of a forward pass of one sequence, weights dequantized")                                  \
     X(latency_p99_ms, "ms", "99th percentile of it")                                                                               \
     X(tokens_per_s, "token/s", "tokens of that sequence over the median")                                                          \
+    X(energy_j, "J", "drawn by the trial's GPUs or processor packages while it was evaluated")                                     \
     X(wall_s, "s", "of the whole trial")
 typedef struct {
 #define CPL_TRIAL_MEMBER(name, units, help) double name;
@@ -23,10 +24,10 @@ typedef struct {
 } cpl_trial_figures;
 enum { CPL_TRIAL_FIGURE_COUNT = sizeof(cpl_trial_figures) / sizeof(double) };
 
-/* Collective over group. model_path: checkpoint. Writes the file `path` from the group's rank 0: status "done" with figures and
- * per-tensor arrays, or "failed" with the error, when the trial itself failed; then the status returned is CPL_OK all the same.
- * Other statuses: CPL_STOPPED, CPL_IO. */
-cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, const cpl_sweep_options *options, const cpl_trial *trial,
+/* Collective over group. metered: what the group draws is its own (cpl_energy_meters). model_path: checkpoint. Writes the file
+ * `path` from the group's rank 0: status "done" with figures and per-tensor arrays, or "failed" with the error, when the trial
+ * itself failed; then the status returned is CPL_OK all the same. Other statuses: CPL_STOPPED, CPL_IO. */
+cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, bool metered, const cpl_sweep_options *options, const cpl_trial *trial,
                          const char *model_path, const char *key, const char *path, cpl_trial_figures *figures, bool *failed);
 /* Reads a trial's file. *failed and *error ("" if none); names and per-tensor values may be NULL pointers where not wanted. Memory
  * from the arena. CPL_NOT_FOUND where there is none of this key. */

@@ -6,6 +6,7 @@
 #include "io/base/arena.h"
 #include "io/base/status.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/rapl.h"
 #include "kernels/kernels.h"
 
 /* Operations are compiled once per instruction set with -DCPL_ISA=base|v3|v4; CPL_CPU(gelu_fwd) is cpl_cpu_v3_gelu_fwd. */
@@ -37,6 +38,7 @@ typedef struct {
     const char *isa;                  /* borrowed, static */
     void *scratch[CPL_SCRATCH_COUNT]; /* owned */
     size_t scratch_bytes[CPL_SCRATCH_COUNT];
+    cpl_rapl *rapl; /* owned, or NULL: not asked yet */
 } cpl_cpu;
 
 static inline int cpl_cpu_threads(const cpl_device *dev) {

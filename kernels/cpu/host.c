@@ -103,7 +103,7 @@ static void processor_name(char *name, size_t size) {
     }
 }
 
-static cpl_status cpu_open(cpl_device *dev, int local_rank, int threads) {
+static cpl_status cpu_open(cpl_device *dev, int gpu, int threads) {
     cpl_status st = CPL_OK;
     cpl_cpu *cpu = NULL;
     const variant *chosen = NULL;
@@ -120,6 +120,7 @@ done:
 
 static void cpu_close(cpl_device *dev) {
     cpl_cpu *cpu = dev->impl;
+    cpl_rapl_close(&cpu->rapl);
     for (int i = 0; i < CPL_SCRATCH_COUNT; i++) {
         cpl_free(&cpu->scratch[i]);
     }
@@ -173,6 +174,18 @@ static void cpu_describe(const cpl_device *dev, void (*line)(const char *key, co
     line("fp16 products", "widened to fp32", to);
     snprintf(text, sizeof text, "%d", cpu->threads);
     line("threads", text, to);
+    cpl_rapl_describe(text, sizeof text);
+    line("energy", text, to);
+}
+
+/* Scratch memory of the operations is not counted as the device's. */
+static int64_t cpu_pass_bytes(const cpl_pass *pass) {
+    return 0;
+}
+
+static void cpu_energy(cpl_device *dev, cpl_energy *out) {
+    cpl_cpu *cpu = dev->impl;
+    cpl_rapl_read(&cpu->rapl, out);
 }
 
 const cpl_backend cpl_cpu_backend = {
@@ -181,6 +194,8 @@ const cpl_backend cpl_cpu_backend = {
     .close = cpu_close,
     .alloc = cpu_alloc,
     .free = cpu_free,
+    .energy = cpu_energy,
+    .pass_bytes = cpu_pass_bytes,
     .threads = cpu_threads,
     .describe = cpu_describe,
 };

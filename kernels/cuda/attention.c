@@ -40,21 +40,40 @@ cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attent
     return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "attention: cuDNN is not in this build");
 }
 void cpl_attention_cudnn_close(cpl_cudnn **cudnn) {}
+int64_t cpl_attention_cudnn_workspace(const cpl_attention_shape *s) {
+    return 0;
+}
 #endif
+
+static cpl_status find_choice(attention_choice *choice) {
+    cpl_status st = CPL_OK;
+    const char *said = getenv("CUPEL_ATTENTION");
+    *choice = AUTO;
+    if (said != NULL && strcmp(said, "own") == 0) {
+        *choice = OWN;
+    } else if (said != NULL && strcmp(said, "cudnn") == 0) {
+        *choice = CUDNN;
+    } else if (said != NULL && said[0] != '\0') {
+        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_ATTENTION=%s: expected own or cudnn", said);
+    }
+done:
+    return st;
+}
+
+size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
+    attention_choice choice = AUTO;
+    if (find_choice(&choice) != CPL_OK) {
+        cpl_status_clear(); /* the first call tells */
+    }
+    return cpl_attention_delta(s) + (training && choice != OWN ? (size_t)cpl_attention_cudnn_workspace(s) : 0);
+}
 
 static cpl_status attention_of(cpl_device *dev, cpl_cuda_attention **out) {
     cpl_status st = CPL_OK;
     cpl_cuda *cuda = cpl_cuda_of(dev);
     if (cuda->attention == NULL) {
-        const char *said = getenv("CUPEL_ATTENTION");
         attention_choice choice = AUTO;
-        if (said != NULL && strcmp(said, "own") == 0) {
-            choice = OWN;
-        } else if (said != NULL && strcmp(said, "cudnn") == 0) {
-            choice = CUDNN;
-        } else if (said != NULL && said[0] != '\0') {
-            CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_ATTENTION=%s: expected own or cudnn", said);
-        }
+        CPL_TRY(find_choice(&choice));
         CPL_TRY(cpl_alloc(&cuda->attention, 1, sizeof *cuda->attention, "attention"));
         cuda->attention->choice = choice;
     }

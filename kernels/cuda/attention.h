@@ -22,6 +22,13 @@ typedef struct {
     void *dqkv;
 } cpl_attention_buffers;
 
+/* Scratch of a backward, before whatever a library takes: delta [B,H,T] f32, in bytes. */
+static inline size_t cpl_attention_delta(const cpl_attention_shape *s) {
+    return ((size_t)(s->B * s->H * s->T) * sizeof(float) + 255) / 256 * 256;
+}
+/* Bytes of CPL_CUDA_SCRATCH_ATTENTION that this shape comes to, timing included; foretold without a GPU. */
+size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training);
+
 /* Our own kernels: every shape with D <= 256. Errors: CPL_UNSUPPORTED for a wider head. */
 cpl_status cpl_attention_own_fwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
 cpl_status cpl_attention_own_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
@@ -38,6 +45,8 @@ cpl_status cpl_attention_cudnn_plan(cpl_device *dev, cpl_cudnn **cudnn, cpl_atte
 cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attention_direction direction,
                                    const cpl_attention_shape *s, const cpl_attention_buffers *x);
 void cpl_attention_cudnn_close(cpl_cudnn **cudnn);
+/* Bytes of the backward's workspace as far as they can be foretold; 0 where it cannot be used. */
+int64_t cpl_attention_cudnn_workspace(const cpl_attention_shape *s);
 
 #ifdef __cplusplus
 }

@@ -104,6 +104,12 @@ static bool supported(cpl_attention_direction direction, const cpl_attention_sha
            (direction == CPL_ATTENTION_FWD || version > 91500 || s->T % 128 == 0);
 }
 
+/* The backward keeps ds [B,H,T,T] act: 805 MB at B = 32, H = 12, T = 1024. */
+int64_t cpl_attention_cudnn_workspace(const cpl_attention_shape *s) {
+    int64_t bytes = 2 * s->B * s->H * s->T * s->T;
+    return supported(CPL_ATTENTION_BWD, s) && bytes <= WORKSPACE_MAX ? bytes : 0;
+}
+
 static planned *find(cpl_cudnn *c, cpl_attention_direction direction, const cpl_attention_shape *s) {
     for (size_t i = 0; i < c->count; i++) {
         const cpl_attention_shape *o = &c->plans[i].shape;
@@ -144,11 +150,6 @@ static cpl_status room_for_one(cpl_cudnn *c) {
     }
 done:
     return st;
-}
-
-/* Scratch: delta [B,H,T] f32, then the plan's workspace. */
-static size_t delta_bytes(const cpl_attention_shape *s) {
-    return ((size_t)(s->B * s->H * s->T) * sizeof(float) + 255) / 256 * 256;
 }
 
 cpl_status cpl_attention_cudnn_plan(cpl_device *dev, cpl_cudnn **cudnn, cpl_attention_direction direction,
@@ -223,8 +224,9 @@ cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attent
     if (p == NULL || p->plan == NULL) {
         CPL_FAIL(CPL_INTERNAL, "attention: cuDNN has no plan for this shape");
     }
-    CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, delta_bytes(s) + (size_t)p->workspace, &scratch));
-    void *workspace = scratch + delta_bytes(s);
+    /* delta, then the plan's workspace */
+    CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, cpl_attention_delta(s) + (size_t)p->workspace, &scratch));
+    void *workspace = scratch + cpl_attention_delta(s);
     int64_t count = bind(direction, s, x, scratch, by_value, pointer, id);
     descriptor pack = make(&g, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
     set(&g, pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, count, pointer);

@@ -309,7 +309,7 @@ extern "C" cpl_status cpl_attention_own_bwd(cpl_device *dev, const cpl_attention
         return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__, "attention on the GPU: heads of %lld; expected at most 256",
                         (long long)s->D);
     }
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, (size_t)(s->B * s->H * s->T) * sizeof *delta, &delta);
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, cpl_attention_delta(s), &delta);
     if (st != CPL_OK) {
         return st;
     }

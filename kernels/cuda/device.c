@@ -1,17 +1,11 @@
-/* The CUDA back end as a device: choice of the GPU, memory, streams, marks, recorded graphs, description.
- * Refuses a GPU older than sm_80; more ranks of a host than GPUs share them. */
+/* The CUDA back end as a device: memory, copies, what it opens and closes.
+ * Refuses a GPU older than sm_80. */
 #include "kernels/cuda/cuda.h"
-#include <cublasLt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 extern const cpl_ops cpl_cuda_ops;
-
-struct cpl_graph {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-};
 
 cpl_status cpl_cuda_status(cudaError_t error, const char *file, int line, const char *doing) {
     if (error == cudaSuccess) {
@@ -62,9 +56,15 @@ done:
 }
 
 static void release(cpl_device *dev, void *memory, size_t bytes) {
-    (void)dev;
-    (void)bytes;
+    cudaStreamSynchronize(cpl_cuda_stream(dev));
     cudaFree(memory);
+}
+
+static void look_at_memory(cpl_device *dev, size_t *left, size_t *all) {
+    if (cudaMemGetInfo(left, all) != cudaSuccess) {
+        (void)cudaGetLastError();
+        *left = *all = 0;
+    }
 }
 
 static cpl_status allocate_host(cpl_device *dev, void **out, size_t bytes, const char *what) {
@@ -79,12 +79,10 @@ static void release_host(cpl_device *dev, void *memory) {
     cudaFreeHost(memory);
 }
 
+/* Recorded graphs may hold the address: kept until none is left. */
 static cpl_status outgrow(cpl_cuda *cuda, void *memory) {
     cpl_status st = CPL_OK;
     void **grown = NULL;
-    if (memory == NULL) {
-        return CPL_OK;
-    }
     CPL_TRY(cpl_alloc(&grown, cuda->outgrown_count + 1, sizeof *grown, "list of device memory"));
     if (cuda->outgrown_count > 0) {
         memcpy(grown, cuda->outgrown, cuda->outgrown_count * sizeof *grown);
@@ -96,22 +94,46 @@ done:
     return st;
 }
 
+void cpl_cuda_free_outgrown(cpl_device *dev) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    for (size_t i = 0; i < cuda->outgrown_count; i++) {
+        cpl_device_free(dev, &cuda->outgrown[i]);
+    }
+    cpl_free(&cuda->outgrown);
+    cuda->outgrown_count = 0;
+}
+
 cpl_status cpl_cuda_scratch(cpl_device *dev, int slot, size_t bytes, void *out) {
+    static const char *const names[] = {[CPL_CUDA_SCRATCH_ROWS] = "partial sums over rows",
+                                        [CPL_CUDA_SCRATCH_ATTENTION] = "workspace of attention",
+                                        [CPL_CUDA_SCRATCH_LINEAR] = "bias gradients",
+                                        [CPL_CUDA_SCRATCH_FLAT] = "partial sums of a flat buffer"};
     cpl_status st = CPL_OK;
     cpl_cuda *cuda = cpl_cuda_of(dev);
     if (bytes > cuda->scratch_bytes[slot]) {
-        void *memory = NULL;
         if (cuda->recording) {
             CPL_FAIL(CPL_INTERNAL, "scratch memory of %zu bytes: expected to be taken before a graph is recorded", bytes);
         }
-        CPL_TRY(allocate(dev, &memory, bytes, "scratch memory"));
-        CPL_TRY(outgrow(cuda, cuda->scratch[slot]));
-        cuda->scratch[slot] = memory;
+        if (cuda->scratch[slot] != NULL && cuda->graphs > 0) {
+            CPL_TRY(outgrow(cuda, cuda->scratch[slot]));
+            cuda->scratch[slot] = NULL;
+        }
+        cpl_device_free(dev, &cuda->scratch[slot]);
+        cuda->scratch_bytes[slot] = 0;
+        CPL_TRY(cpl_device_alloc(dev, &cuda->scratch[slot], bytes, 1, names[slot]));
         cuda->scratch_bytes[slot] = bytes;
     }
     memcpy(out, &cuda->scratch[slot], sizeof(void *));
 done:
     return st;
+}
+
+static void trim(cpl_device *dev) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    for (int i = 0; i < CPL_CUDA_SCRATCH_COUNT && cuda->graphs == 0; i++) {
+        cpl_device_free(dev, &cuda->scratch[i]);
+        cuda->scratch_bytes[i] = 0;
+    }
 }
 
 cpl_status cpl_cuda_constant(cpl_device *dev, const void *host, size_t bytes, const void **out) {
@@ -131,7 +153,7 @@ cpl_status cpl_cuda_constant(cpl_device *dev, const void *host, size_t bytes, co
     t->bytes = bytes;
     CPL_TRY(cpl_alloc(&t->host, bytes, 1, "table"));
     memcpy(t->host, host, bytes);
-    CPL_TRY(allocate(dev, &t->device, bytes, "table"));
+    CPL_TRY(cpl_device_alloc(dev, &t->device, bytes, 1, "table"));
     CPL_CUDA_TRY("table", cudaMemcpyAsync(t->device, host, bytes, cudaMemcpyHostToDevice, cuda->stream));
     CPL_CUDA_TRY("table", cudaStreamSynchronize(cuda->stream));
     *out = t->device;
@@ -180,116 +202,15 @@ cpl_status CPL_CUDA(synchronize)(cpl_device *dev) {
     return cpl_cuda_status(cudaStreamSynchronize(cpl_cuda_stream(dev)), __FILE__, __LINE__, "wait for the GPU");
 }
 
-/* --- marks and graphs --- */
-
-static cpl_status make_mark(cpl_cuda *cuda, int slot) {
-    cpl_status st = CPL_OK;
-    cudaEvent_t *grown = NULL;
-    if (slot >= cuda->marks) {
-        int marks = slot + 1 > 2 * cuda->marks ? slot + 1 : 2 * cuda->marks;
-        CPL_TRY(cpl_alloc(&grown, (size_t)marks, sizeof *grown, "marks"));
-        if (cuda->marks > 0) {
-            memcpy(grown, cuda->mark, (size_t)cuda->marks * sizeof *grown);
-        }
-        cpl_free(&cuda->mark);
-        cuda->mark = grown;
-        cuda->marks = marks;
-    }
-    CPL_CUDA_TRY("make an event", cudaEventCreate(&cuda->mark[slot]));
-done:
-    return st;
-}
-
-static cudaEvent_t mark_of(const cpl_cuda *cuda, int slot) {
-    return slot < cuda->marks ? cuda->mark[slot] : NULL;
-}
-
-static cpl_status mark(cpl_device *dev, int slot) {
-    cpl_status st = CPL_OK;
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    if (mark_of(cuda, slot) == NULL) {
-        CPL_TRY(make_mark(cuda, slot));
-    }
-    CPL_CUDA_TRY("mark", cudaEventRecord(cuda->mark[slot], cuda->stream));
-done:
-    return st;
-}
-
-static cpl_status wait_mark(cpl_device *dev, int slot) {
-    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
-    return event == NULL ? CPL_OK : cpl_cuda_status(cudaEventSynchronize(event), __FILE__, __LINE__, "wait for the GPU");
-}
-
-static cpl_status mark_ms(cpl_device *dev, int from, int to, double *ms) {
-    cpl_status st = CPL_OK;
-    float elapsed = 0;
-    cudaEvent_t begin = mark_of(cpl_cuda_of(dev), from), end = mark_of(cpl_cuda_of(dev), to);
-    if (begin == NULL || end == NULL) {
-        CPL_FAIL(CPL_INTERNAL, "time between marks %d and %d: expected both to be set", from, to);
-    }
-    CPL_CUDA_TRY("read the GPU's clock", cudaEventElapsedTime(&elapsed, begin, end));
-    *ms = (double)elapsed;
-done:
-    return st;
-}
-
-static cpl_status over_mark(cpl_device *dev, int slot, bool *over) {
-    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
-    cudaError_t error = event == NULL ? cudaSuccess : cudaEventQuery(event);
-    *over = error == cudaSuccess;
-    return error == cudaErrorNotReady ? CPL_OK : cpl_cuda_status(error, __FILE__, __LINE__, "wait for the GPU");
-}
+/* --- the device --- */
 
 static void identity(const cpl_device *dev, char *out, size_t size) {
-    if (cudaDeviceGetPCIBusId(out, (int)size, cpl_cuda_of(dev)->ordinal) != cudaSuccess) {
-        (void)cudaGetLastError();
-        snprintf(out, size, "GPU %d", cpl_cuda_of(dev)->ordinal);
-    }
+    snprintf(out, size, "%s", cpl_cuda_of(dev)->gpu.bus);
 }
 
 static void *stream(const cpl_device *dev) {
     return cpl_cuda_stream(dev);
 }
-
-static void forget(cpl_graph *graph) {
-    if (graph->exec != NULL) {
-        cudaGraphExecDestroy(graph->exec);
-    }
-    if (graph->graph != NULL) {
-        cudaGraphDestroy(graph->graph);
-    }
-    cpl_free(&graph);
-}
-
-static cpl_status record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
-    cpl_status st = CPL_OK;
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    cpl_graph *g = NULL;
-    CPL_TRY(cpl_alloc(&g, 1, sizeof *g, "graph"));
-    CPL_CUDA_TRY("record a graph", cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
-    cuda->recording = true;
-    st = body(context);
-    cuda->recording = false;
-    cudaError_t ended = cudaStreamEndCapture(cuda->stream, &g->graph);
-    CPL_TRY(st);
-    CPL_CUDA_TRY("record a graph", ended);
-    CPL_CUDA_TRY("prepare a recorded graph", cudaGraphInstantiate(&g->exec, g->graph, 0));
-    CPL_CUDA_TRY("prepare a recorded graph", cudaGraphUpload(g->exec, cuda->stream));
-    *out = g;
-    g = NULL;
-done:
-    if (g != NULL) {
-        (void)cudaGetLastError();
-        forget(g);
-    }
-    return st;
-}
-
-static cpl_status replay(cpl_device *dev, cpl_graph *graph) {
-    return cpl_cuda_status(cudaGraphLaunch(graph->exec, cpl_cuda_stream(dev)), __FILE__, __LINE__, "replay a graph");
-}
-
-/* --- the device --- */
 
 static void close_device(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
@@ -298,22 +219,12 @@ static void close_device(cpl_device *dev) {
     }
     cpl_cuda_attention_close(dev);
     cpl_cuda_linear_close(dev);
+    cpl_device_free_all(dev);
+    cpl_nvml_close(&cuda->nvml);
     for (int i = 0; i < cuda->tables; i++) {
-        cudaFree(cuda->table[i].device);
         cpl_free(&cuda->table[i].host);
     }
-    for (int i = 0; i < CPL_CUDA_SCRATCH_COUNT; i++) {
-        cudaFree(cuda->scratch[i]);
-    }
-    for (size_t i = 0; i < cuda->outgrown_count; i++) {
-        cudaFree(cuda->outgrown[i]);
-    }
-    for (int i = 0; i < cuda->marks; i++) {
-        if (cuda->mark[i] != NULL) {
-            cudaEventDestroy(cuda->mark[i]);
-        }
-    }
-    cpl_free(&cuda->mark);
+    cpl_cuda_marks_free(cuda);
     if (cuda->stream != NULL) {
         cudaStreamDestroy(cuda->stream);
     }
@@ -322,40 +233,52 @@ static void close_device(cpl_device *dev) {
     dev->impl = NULL;
 }
 
-static cpl_status choose(cpl_cuda *cuda, int local_rank, struct cudaDeviceProp *properties) {
+static cpl_status choose(cpl_device *dev, int gpu) {
     cpl_status st = CPL_OK;
-    int count = 0;
-    cudaError_t error = cudaGetDeviceCount(&count);
-    if (error != cudaSuccess || count == 0) {
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    cpl_gpu *list = NULL;
+    int visible = 0;
+    cudaError_t error = cudaGetDeviceCount(&visible);
+    if (error != cudaSuccess || visible == 0) {
         (void)cudaGetLastError();
         CPL_FAIL(CPL_UNSUPPORTED, "device cuda: no GPU can be used here (%s)",
                  error == cudaSuccess ? "none is visible" : cudaGetErrorString(error));
     }
-    cuda->ordinal = local_rank % count;
-    CPL_CUDA_TRY("choose a GPU", cudaSetDevice(cuda->ordinal));
-    CPL_CUDA_TRY("describe the GPU", cudaGetDeviceProperties(properties, cuda->ordinal));
-    cuda->capability = 10 * properties->major + properties->minor;
-    cuda->sm_count = properties->multiProcessorCount;
-    if (cuda->capability < 80) {
-        CPL_FAIL(CPL_UNSUPPORTED, "device cuda: %s is sm_%d; expected sm_80 or newer", properties->name, cuda->capability);
+    CPL_TRY(cpl_alloc(&list, CPL_GPUS_MAX, sizeof *list, "list of GPUs"));
+    int count = cpl_cuda_gpus(list, CPL_GPUS_MAX);
+    if (count == 0) {
+        CPL_FAIL(CPL_UNSUPPORTED, "device cuda: %d GPU%s visible, none of sm_%d or newer", visible, visible == 1 ? " is" : "s are",
+                 CPL_CUDA_OLDEST);
     }
+    if (gpu >= count) {
+        CPL_FAIL(CPL_UNSUPPORTED, "device cuda: GPU %d of %d is not there", gpu, count);
+    }
+    cuda->gpu = list[gpu];
+    CPL_CUDA_TRY("choose a GPU", cudaSetDevice(cuda->gpu.ordinal));
+    snprintf(dev->name, sizeof dev->name, "%.100s", cuda->gpu.name);
+    snprintf(dev->where, sizeof dev->where, "%.12s at %s", cuda->gpu.uuid, cuda->gpu.bus);
+    cuda->ordinal = cuda->gpu.ordinal;
+    cuda->capability = cuda->gpu.capability;
+    cuda->sm_count = cuda->gpu.sm_count;
 done:
+    cpl_free(&list);
     return st;
 }
 
-static cpl_status open_device(cpl_device *dev, int local_rank, int threads) {
+static cpl_status open_device(cpl_device *dev, int gpu, int threads) {
     cpl_status st = CPL_OK;
     cpl_cuda *cuda = NULL;
-    struct cudaDeviceProp properties;
     const char *blocking = getenv("CUDA_LAUNCH_BLOCKING");
     CPL_TRY(cpl_alloc(&cuda, 1, sizeof *cuda, "device"));
+    cuda->shared.backend = &cpl_cuda_backend; /* cpl_device_alloc is called before this function returns */
+    cuda->shared.most = SIZE_MAX;
     dev->impl = cuda;
     dev->ops = &cpl_cuda_ops;
-    CPL_TRY(choose(cuda, local_rank, &properties));
-    snprintf(dev->name, sizeof dev->name, "%.100s", properties.name);
+    CPL_TRY(choose(dev, gpu));
     cuda->threads = threads > 0 ? threads : 1;
     cuda->blocking = blocking != NULL && strcmp(blocking, "1") == 0;
     CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+    CPL_TRY(cpl_nvml_open(&cuda->nvml, cuda->nvml_missing));
     CPL_TRY(cpl_cuda_linear_open(dev));
 done:
     if (st != CPL_OK && cuda != NULL) {
@@ -368,52 +291,29 @@ static int host_threads(const cpl_device *dev) {
     return cpl_cuda_of(dev)->threads;
 }
 
-static void about(void (*line)(const char *key, const char *value, void *to), void *to) {
-    char text[160];
-    int runtime = 0, driver = 0, count = 0;
-    (void)cudaRuntimeGetVersion(&runtime);
-    (void)cudaDriverGetVersion(&driver);
-    cudaError_t error = cudaGetDeviceCount(&count);
-    (void)cudaGetLastError();
-    if (error != cudaSuccess || count == 0) {
-        snprintf(text, sizeof text, "%d.%d, no GPU can be used here (%s)", runtime / 1000, runtime % 1000 / 10,
-                 error == cudaSuccess ? "none is visible" : cudaGetErrorString(error));
-    } else {
-        snprintf(text, sizeof text, "%d.%d, driver for up to %d.%d, %d GPU%s", runtime / 1000, runtime % 1000 / 10, driver / 1000,
-                 driver % 1000 / 10, count, count == 1 ? "" : "s");
-    }
-    line("CUDA", text, to);
-}
-
-static void describe(const cpl_device *dev, void (*line)(const char *key, const char *value, void *to), void *to) {
-    cpl_cuda *cuda = cpl_cuda_of(dev);
-    char text[160];
-    size_t left = 0, all = 0, lt = cublasLtGetVersion();
-    snprintf(text, sizeof text, "cuBLASLt %zu.%zu.%zu", lt / 10000, lt / 100 % 100, lt % 100);
-    line("matrix library", text, to);
-    if (cudaMemGetInfo(&left, &all) == cudaSuccess) {
-        snprintf(text, sizeof text, "sm_%d, %d multiprocessors, %.1f of %.1f GiB free", cuda->capability, cuda->sm_count,
-                 (double)left / 0x1p30, (double)all / 0x1p30);
-        line("GPU", text, to);
-    }
-}
-
 const cpl_backend cpl_cuda_backend = {.kind = "cuda",
+                                      .has_tf32 = true,
                                       .open = open_device,
                                       .close = close_device,
                                       .alloc = allocate,
                                       .free = release,
+                                      .memory = look_at_memory,
+                                      .energy = cpl_cuda_energy,
+                                      .trim = trim,
+                                      .pass_bytes = cpl_cuda_pass_bytes,
+                                      .gpus = cpl_cuda_gpus,
+                                      .link = cpl_cuda_link,
                                       .host_alloc = allocate_host,
                                       .host_free = release_host,
-                                      .mark = mark,
-                                      .wait = wait_mark,
-                                      .mark_ms = mark_ms,
-                                      .over = over_mark,
+                                      .mark = cpl_cuda_mark,
+                                      .wait = cpl_cuda_wait_mark,
+                                      .mark_ms = cpl_cuda_mark_ms,
+                                      .over = cpl_cuda_over_mark,
                                       .identity = identity,
                                       .stream = stream,
-                                      .record = record,
-                                      .replay = replay,
-                                      .forget = forget,
+                                      .record = cpl_cuda_record,
+                                      .replay = cpl_cuda_replay,
+                                      .forget = cpl_cuda_forget,
                                       .threads = host_threads,
-                                      .about = about,
-                                      .describe = describe};
+                                      .about = cpl_cuda_about,
+                                      .describe = cpl_cuda_describe};

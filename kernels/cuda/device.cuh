@@ -12,7 +12,7 @@
 
 /* Storage type of a cpl_dtype: cpl_dispatch(dt, [&](auto zero) { using T = decltype(zero); ... }). */
 template <typename F> static inline void cpl_dispatch(cpl_dtype dt, F f) {
-    if (dt == CPL_F32) {
+    if (cpl_dtype_storage(dt) == CPL_F32) {
         f(float{});
     } else if (dt == CPL_BF16) {
         f(__nv_bfloat16{});

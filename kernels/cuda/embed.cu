@@ -1,9 +1,10 @@
 /* Token and position embedding, forward and backward.
  * Refuses float atomics: rows are sorted by token (stable), and every token's rows are added in their order. */
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/scratch.h"
 #include <cub/device/device_radix_sort.cuh>
 
-enum { THREADS = 256, PIECE = 16, COLUMN_THREADS = 128 };
+enum { THREADS = 256, PIECE = CPL_EMBED_PIECE, COLUMN_THREADS = 128 };
 
 template <typename T, int N>
 __global__ void forward_kernel(T *x, const int32_t *tokens, const T *wte, const T *wpe, int64_t rows, int64_t T_, int packs) {
@@ -153,10 +154,9 @@ extern "C" cpl_status CPL_CUDA(embed_bwd)(cpl_device *dev, cpl_dtype dt, float *
         return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__, "embed_bwd: %lld tokens in a micro-batch, expected at most %d",
                         (long long)n, INT32_MAX);
     }
-    size_t edges = 2 * (size_t)pieces * (size_t)C * sizeof(float), list = ((size_t)n * sizeof(int32_t) + 255) / 256 * 256, sort = 0;
+    size_t edges = cpl_scratch_embed_edges(n, C), list = cpl_scratch_embed_list(n), sort = 0;
     cub::DeviceRadixSort::SortPairs(NULL, sort, (const uint32_t *)NULL, (uint32_t *)NULL, (const int32_t *)NULL, (int32_t *)NULL,
                                     (int)n, 0, bits_of(V), stream);
-    edges = (edges + 255) / 256 * 256;
     cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, edges + 3 * list + sort, &scratch);
     if (st != CPL_OK) {
         return st;

@@ -2,10 +2,11 @@
  * Refuses float atomics: sums over rows are partial sums of a fixed share of rows, added in order. */
 #include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/product.h"
+#include "kernels/cuda/scratch.h"
 
 namespace {
 
-enum { BACKWARD_THREADS = 256, WARPS = 8, PIECES_PER_SM = 2 };
+enum { BACKWARD_THREADS = 256, WARPS = CPL_NORM_ROWS };
 enum { WIDE_THREADS = 384 };
 
 /* A block has rows blockIdx.x, + gridDim.x, ... in steps of its warps, a warp a row at a time; dx = rstd (g dy - a - xhat c) with
@@ -280,8 +281,9 @@ extern "C" cpl_status CPL_CUDA(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, voi
     if (R == 0) {
         return CPL_OK;
     }
-    int pieces = grid_for(dev, R, WARPS, PIECES_PER_SM);
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, 3 * (size_t)pieces * (size_t)C * sizeof *partial, &partial);
+    int64_t sm_count = cpl_cuda_of(dev)->sm_count;
+    int pieces = (int)cpl_scratch_norm_pieces(R, sm_count);
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, cpl_scratch_norm(R, C, sm_count), &partial);
     if (st != CPL_OK) {
         return st;
     }

@@ -1,6 +1,7 @@
 /* Linear layers: one product each, with bias, GELU, its derivative and bias gradients in the same pass where that is faster.
  * Refuses cuBLASLt's GELU: its tanh has 11 bits, and its argument is not the rounded one; of its derivative in f32 likewise. */
 #include "kernels/cuda/product.h"
+#include "kernels/cuda/scratch.h"
 #include <math.h>
 
 /* An operation that follows a product where it is not fused with it. */
@@ -101,7 +102,7 @@ static cpl_status add_bias_apart(cpl_device *dev, cpl_product product, cpl_produ
     data.vector = NULL;
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &wide));
     CPL_TRY(cpl_cuda_product_run(dev, wide.plan, &data));
-    CPL_TRY(cpl_cuda_add_bias(dev, (cpl_dtype)product.dt, y, sum, bias, product.n, product.m));
+    CPL_TRY(cpl_cuda_add_bias(dev, cpl_dtype_storage((cpl_dtype)product.dt), y, sum, bias, product.n, product.m));
 done:
     return st;
 }
@@ -109,6 +110,7 @@ done:
 cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
                                 cpl_activation activation, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage(dt);
     bool gelu = activation == CPL_ACT_GELU, never = false, own = false;
     cpl_product product = {.dt = dt, .transposed_a = 1, .m = N, .n = R, .k = K};
     cpl_product_data data = {.a = w, .b = x, .d = gelu && pre != NULL ? pre : y, .vector = (void *)(uintptr_t)bias};
@@ -118,9 +120,9 @@ cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pr
     }
     CPL_TRY(find(dev, &product, bias != NULL ? CPL_AFTER_BIAS : CPL_AFTER_NOTHING, &data, &best));
     bool apart = bias != NULL && !isfinite(best.ms);
-    if (gelu && bias != NULL && !apart && dt != CPL_F32) {
-        separate s = {.dev = dev, .dt = dt, .to = y, .from = data.d, .R = R, .N = N};
-        own_product o = {.dev = dev, .dt = dt, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
+    if (gelu && bias != NULL && !apart && act != CPL_F32) {
+        separate s = {.dev = dev, .dt = act, .to = y, .from = data.d, .R = R, .N = N};
+        own_product o = {.dev = dev, .dt = act, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
         CPL_TRY(take_faster("gelu", &s, separate_gelu, &none, &best, &never));
         CPL_TRY(own_wins("product_gelu_fwd", &o, pre, own_forward, &best, &own));
         if (own) {
@@ -129,7 +131,7 @@ cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pr
     }
     CPL_TRY(apart ? add_bias_apart(dev, product, data, bias) : cpl_cuda_product_run(dev, best.plan, &data));
     if (gelu) {
-        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, dt, y, data.d, R * N));
+        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, act, y, data.d, R * N));
     }
 done:
     return st;
@@ -137,12 +139,13 @@ done:
 
 /* *sums = scratch [n] f32 for a fused sum over rows, and as much behind it for timing another one. */
 static cpl_status sums_scratch(cpl_device *dev, int64_t n, float **sums) {
-    return cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, 2 * (size_t)n * sizeof **sums, sums);
+    return cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, cpl_scratch_linear(n), sums);
 }
 
 cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
                                       const void *pre, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage(dt);
     cpl_product product = {.dt = dt, .m = K, .n = R, .k = N};
     cpl_product_data data = {.a = w, .b = dy, .d = dx, .aux = pre};
     choice best, other = {.ms = INFINITY}, none = {.ms = INFINITY};
@@ -151,14 +154,15 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
         return CPL_OK;
     }
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
-    if (pre != NULL && dt != CPL_F32) {
-        separate s = {.dev = dev, .dt = dt, .to = dx, .from = pre, .R = R, .N = K};
-        own_product o = {.dev = dev, .dt = dt, .to = dx, .pre = (void *)(uintptr_t)pre, .from = dy, .w = w, .R = R, .N = N, .K = K};
+    if (pre != NULL && act != CPL_F32) {
+        separate s = {.dev = dev, .dt = act, .to = dx, .from = pre, .R = R, .N = K};
+        own_product o = {
+            .dev = dev, .dt = act, .to = dx, .pre = (void *)(uintptr_t)pre, .from = dy, .w = w, .R = R, .N = N, .K = K};
         CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD, &data, &other));
         CPL_TRY(take_faster("gelu_grad", &s, separate_gelu_grad, &other, &best, &gelu_fused));
         if (dbias != NULL) {
             CPL_TRY(sums_scratch(dev, K, &o.dbias));
-            separate c = {.dev = dev, .dt = dt, .to = o.dbias, .from = dx, .R = R, .N = K};
+            separate c = {.dev = dev, .dt = act, .to = o.dbias, .from = dx, .R = R, .N = K};
             CPL_TRY(take_faster("column_sums", &c, separate_column_sums, &none, &best, &never));
         }
         CPL_TRY(own_wins("product_gelu_bwd", &o, pre, own_backward, &best, &own));
@@ -169,10 +173,10 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
     }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
     if (pre != NULL && !gelu_fused) {
-        CPL_TRY(cpl_cuda_gelu_grad(dev, dt, dx, pre, R * K));
+        CPL_TRY(cpl_cuda_gelu_grad(dev, act, dx, pre, R * K));
     }
     if (dbias != NULL) {
-        CPL_TRY(cpl_cuda_column_sums(dev, dt, dbias, dx, R, K));
+        CPL_TRY(cpl_cuda_column_sums(dev, act, dbias, dx, R, K));
     }
 done:
     return st;
@@ -181,6 +185,7 @@ done:
 cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x,
                                        int64_t R, int64_t N, int64_t K, bool overwrites) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage(dt);
     cpl_product product = {.dt = dt, .wide = 1, .transposed_b = 1, .accumulate = !overwrites, .m = K, .n = N, .k = R};
     cpl_product_data data = {.a = x, .b = dy, .d = dw};
     choice best, other = {.ms = INFINITY};
@@ -192,13 +197,13 @@ cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw,
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
     if (db != NULL) {
         CPL_TRY(sums_scratch(dev, N, &sums));
-        separate s = {.dev = dev, .dt = dt, .to = sums + N, .from = dy, .R = R, .N = N};
+        separate s = {.dev = dev, .dt = act, .to = sums + N, .from = dy, .R = R, .N = N};
         data.vector = sums;
         CPL_TRY(find(dev, &product, CPL_AFTER_BIAS_GRAD, &data, &other));
         CPL_TRY(take_faster("column_sums", &s, separate_column_sums, &other, &best, &sums_fused));
     }
     if (db != NULL && !sums_fused) { /* before the product: the end of dy may be in the cache still */
-        CPL_TRY(cpl_cuda_column_sums(dev, dt, db, dy, R, N));
+        CPL_TRY(cpl_cuda_column_sums(dev, act, db, dy, R, N));
     }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
     if (db != NULL && sums_fused) {

@@ -3,8 +3,9 @@
 #include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/product.h"
+#include "kernels/cuda/scratch.h"
 
-enum { THREADS = 256, SUM_COLUMNS = 64, SUM_LANES = 8, SUM_PIECES_MAX = 64 };
+enum { THREADS = 256, SUM_COLUMNS = 64, SUM_LANES = 8 };
 
 template <typename T, int N> __global__ void gelu_grad_kernel(T *dx, const T *pre, int64_t packs) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < packs; i += (int64_t)gridDim.x * blockDim.x) {
@@ -95,9 +96,9 @@ static void column_partials(cpl_device *dev, float *partial, const void *dy, int
 
 extern "C" cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N) {
     float *partial = NULL;
-    int64_t rows_each = cpl_ceil_div(R, SUM_PIECES_MAX) < 64 ? 64 : cpl_ceil_div(R, SUM_PIECES_MAX);
+    int64_t rows_each = cpl_scratch_column_rows(R);
     int pieces = (int)cpl_ceil_div(R, rows_each);
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, (size_t)pieces * (size_t)N * sizeof *partial, &partial);
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, cpl_scratch_columns(R, N), &partial);
     if (st != CPL_OK) {
         return st;
     }

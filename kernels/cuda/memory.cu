@@ -1,6 +1,7 @@
 /* Casting, adding and summing flat buffers.
  * Refuses float atomics: sums are one f64 partial a chunk, added in an order that only the length decides. */
 #include "kernels/cuda/flat.cuh"
+#include "kernels/cuda/scratch.h"
 
 namespace {
 
@@ -158,7 +159,7 @@ extern "C" cpl_status CPL_CUDA(sum_f32)(cpl_device *dev, double *sum, const floa
         total_kernel<<<1, TOTAL_THREADS, 0, cpl_cuda_stream(dev)>>>(sum, x, n);
         return cpl_cuda_launched(dev, "sum_f32");
     }
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, (size_t)chunks * sizeof *partial, &partial);
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, cpl_scratch_flat(n), &partial);
     if (st != CPL_OK) {
         return st;
     }

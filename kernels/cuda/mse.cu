@@ -1,6 +1,7 @@
 /* Squared distance of two hidden states and its gradient. Source: Romero et al. 2015 (FitNets), arXiv:1412.6550.
  * Refuses to lose a small difference: a - b is taken in f32 of the stored values, its square and sums in f64. */
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/scratch.h"
 
 enum { THREADS = 256, LANES = 512 };
 
@@ -70,7 +71,7 @@ extern "C" cpl_status CPL_CUDA(mse)(cpl_device *dev, cpl_dtype dt, double *sum, 
     if (n == 0) {
         return CPL_OK;
     }
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, (size_t)chunks * sizeof *partial, &partial);
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_FLAT, cpl_scratch_flat(n), &partial);
     if (st != CPL_OK) {
         return st;
     }

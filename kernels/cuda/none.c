@@ -2,7 +2,7 @@
  * Refuses to open. */
 #include "kernels/backend.h"
 
-static cpl_status open_nothing(cpl_device *dev, int local_rank, int threads) {
+static cpl_status open_nothing(cpl_device *dev, int gpu, int threads) {
     return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__,
                     "back end 'cuda' is not in this build (cmake --preset cuda makes one that has it): use cpu or auto");
 }

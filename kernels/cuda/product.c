@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { OFFERED_MAX = 64, FINALISTS = 6, ROUNDS = 7, WORKSPACE_BYTES = 64 << 20, ALIGNMENT_MAX = 256 };
+enum { OFFERED_MAX = 64, FINALISTS = 6, ROUNDS = 7, WORKSPACE_BYTES = CPL_CUDA_PRODUCT_WORKSPACE, ALIGNMENT_MAX = 256 };
 
 struct cpl_product_plan {
     cpl_product product;
@@ -82,7 +82,8 @@ static cpl_status describe(cpl_product_plan *plan) {
     cublasLtEpilogue_t epilogue = epilogue_of(p);
     const char *doing = "describe a product";
     cudaDataType_t type = type_of(p->dt), d_type = p->wide ? CUDA_R_32F : type;
-    CPL_LT(doing, cublasLtMatmulDescCreate(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasComputeType_t compute = p->dt == CPL_TF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    CPL_LT(doing, cublasLtMatmulDescCreate(&plan->desc, compute, CUDA_R_32F));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSA, &ops[0], sizeof ops[0]));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_TRANSB, &ops[1], sizeof ops[1]));
     CPL_LT(doing, cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
@@ -317,7 +318,7 @@ cpl_status cpl_cuda_linear_open(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
     CPL_TRY(cpl_alloc(&cuda->linear, 1, sizeof *cuda->linear, "matrix library"));
     CPL_LT("open cuBLASLt", cublasLtCreate(&cuda->linear->handle));
-    CPL_CUDA_TRY("workspace of cuBLASLt", cudaMalloc(&cuda->linear->workspace, WORKSPACE_BYTES));
+    CPL_TRY(cpl_device_alloc(dev, &cuda->linear->workspace, WORKSPACE_BYTES, 1, "workspace of cuBLASLt"));
     CPL_TRY(cpl_tuning_open(&cuda->linear->tuning, dev->name, (int64_t)cublasLtGetVersion()));
 done:
     return st;
@@ -333,7 +334,7 @@ void cpl_cuda_linear_close(cpl_device *dev) {
         cuda->linear->plans = plan->next;
         plan_destroy(plan);
     }
-    cudaFree(cuda->linear->workspace);
+    cpl_device_free(dev, &cuda->linear->workspace);
     if (cuda->linear->handle != NULL) {
         cublasLtDestroy(cuda->linear->handle);
     }

@@ -5,12 +5,13 @@
 #include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/product.h"
 #include "kernels/cuda/product_gelu.cuh"
+#include "kernels/cuda/scratch.h"
 
 namespace {
 
 /* A tile of d is made by one of two warpgroups while the other finishes the tile before it ("ping-pong"); a third one sends for the
  * operands. DEPTH: of a stage, 128 bytes. */
-enum { TILE = 128, DEPTH = 64, STAGES = 4, GROUP = 128, THREADS = 3 * GROUP, BOX = DEPTH * TILE * 2, HALF_BOX = BOX / 2 };
+enum { TILE = CPL_GELU_TILE, DEPTH = 64, STAGES = 4, GROUP = 128, THREADS = 3 * GROUP, BOX = DEPTH * TILE * 2, HALF_BOX = BOX / 2 };
 enum { PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232 };
 
 struct stage {
@@ -363,7 +364,7 @@ extern "C" cpl_status cpl_cuda_product_gelu_bwd(cpl_device *dev, cpl_dtype dt, v
     CPL_TRY(describe(&map.kept, dt, pre, R, K, TILE));
     CPL_TRY(describe(&map.d, dt, dx, R, K, TILE));
     if (dbias != NULL) {
-        CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, (size_t)pieces * (size_t)K * sizeof *partial, &partial));
+        CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, cpl_scratch_gelu(R, K), &partial));
     }
     st = dt == CPL_BF16 ? launch<__nv_bfloat16, BACKWARD>(dev, map, NULL, partial, R, K, N)
                         : launch<__half, BACKWARD>(dev, map, NULL, partial, R, K, N);

@@ -2,6 +2,7 @@
  * Refuses a mask that differs from the oracle's in one bit, whatever the ties. */
 #include "io/base/hash.h"
 #include "io/base/rng.h"
+#include "jobs/device.h"
 #include "jobs/select.h"
 #include <math.h>
 #include <setjmp.h>
@@ -334,7 +335,7 @@ static void test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor
 
 int main(int argc, char **argv) {
     if (cpl_world_init(&world, &argc, &argv) != CPL_OK || cpl_device_create(&host, "cpu", 0, 1) != CPL_OK ||
-        cpl_device_create(&dev, getenv("CUPEL_DEVICE") == NULL ? "cpu" : "auto", cpl_comm_local_rank(world), 1) != CPL_OK) {
+        cpl_job_device(world, getenv("CUPEL_DEVICE") == NULL ? 1 : 0, 1, 0, &dev) != CPL_OK) { /* cpu, else auto */
         fprintf(stderr, "%s\n", cpl_status_message());
         return 1;
     }

@@ -38,9 +38,9 @@ refused 1 "a.txt" prepare a.txt --to b
 
 # info
 "$CUPEL" info >out 2>err || fail "info"
-device=('instruction set' 'bf16 products' threads)
-[ "${CUPEL_DEVICE:-}" != cuda ] || device=(GPU)
-for key in cupel revision build MPI HDF5 'matrix library' "${device[@]}" CUDA 'rank 0'; do
+device=('matrix library' 'instruction set' 'bf16 products' threads)
+[ "${CUPEL_DEVICE:-}" != cuda ] || device=('GPU memory' 'GPU 0' cuBLASLt)
+for key in cupel revision build MPI HDF5 "${device[@]}" energy CUDA NCCL exchange 'rank 0'; do
     grep -q "^ $key  *[^ ]" out || { cat out >&2; fail "info does not say: $key"; }
 done
 ranks 2 "$CUPEL" info >out 2>err || fail "info on 2 ranks"

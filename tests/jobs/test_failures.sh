@@ -24,16 +24,47 @@ timeout 60 mpirun -n 1 "$CUPEL" run job.yaml --quiet --out out : -n 1 sh -c 'cd 
 ends_with 1 "rank 1: text.txt: the corpus has"
 [[ ! -e out ]] || fail "a job that could not begin made its folder"
 
-# Rank 2 of 3 may use less memory than its part of a large model takes, beside its libraries (those of CUDA alone are 0.8 GB of address
-# space). (The sanitizers need more than that.)
-if [[ -z ${CUPEL_SANITIZE:-} && ${CUPEL_DEVICE:-} != cuda ]]; then
+# Rank 2 of 3 may take less device memory than its part of the model.
+status=0
+big=(--quiet --out big --set teacher.width=256 --set teacher.heads=8 --set run.device=cpu)
+timeout 100 mpirun -n 2 "$CUPEL" run job.yaml "${big[@]}" : -n 1 env CUPEL_DEVICE_BYTES=4Mi "$CUPEL" run job.yaml "${big[@]}" >out.txt 2>&1 </dev/null || status=$?
+ends_with 1 "rank 2: "
+has out.txt "bytes wanted on"
+has out.txt "CUPEL_DEVICE_BYTES allows 4194304"
+
+# What would fit is told, and does; the next larger one does not.
+big=(--quiet --out fits --set run.device=cpu --set teacher.width=64 --set teacher.layers=6 --set teacher.micro_batch=8 --set teacher.optimizer=sharded)
+limited() { CUPEL_DEVICE_BYTES=5300k ranks 2 "$CUPEL" run job.yaml "${big[@]}" "$@" >out.txt 2>&1; }
+status=0
+limited || status=$?
+ends_with 1 "what would fit: micro_batch 2 with recompute none, or micro_batch 4 with recompute gelu, or micro_batch 8 with recompute block"
+limited --set teacher.micro_batch=4 && fail "micro_batch 4 fits, and 2 is said to be the largest"
+for pair in 2:none 4:gelu 8:block; do
+    limited --set teacher.micro_batch=${pair%:*} --set teacher.recompute=${pair#*:} || { cat out.txt >&2; fail "$pair does not fit"; }
+done
+status=0
+CUPEL_DEVICE_BYTES=100k ranks 2 "$CUPEL" run job.yaml "${big[@]}" --out none >out.txt 2>&1 || status=$?
+ends_with 1 "no micro_batch would fit"
+status=0
+CUPEL_DEVICE_BYTES=much "$CUPEL" run job.yaml "${big[@]}" --out none >out.txt 2>&1 || status=$?
+ends_with 2 "CUPEL_DEVICE_BYTES=much"
+
+# The environment's choice of a device is the same for all ranks, and one that there is.
+status=0
+timeout 60 mpirun -n 1 env -u CUPEL_DEVICE "$CUPEL" info : -n 1 env CUPEL_DEVICE=cpu "$CUPEL" info >out.txt 2>&1 </dev/null || status=$?
+ends_with 2 "auto for some ranks, cpu for others"
+status=0
+CUPEL_DEVICE=tpu ranks 2 "$CUPEL" info >out.txt 2>&1 || status=$?
+ends_with 2 "CUPEL_DEVICE=tpu"
+
+# TF32 is the GPU's: told before anything is made.
+tiny_study study.yaml
+for option in teacher student pruned measured grid; do
     status=0
-    limit=$((630000 + $(ldd "$CUPEL" | awk '$3 ~ /^\// { print $3 }' | xargs stat -Lc %s | awk '{ kib += $1 / 1024 } END { print int(kib) }')))
-    big=(--quiet --out big --set teacher.width=768 --set teacher.heads=8 --set teacher.layers=8 --set teacher.precision=fp32)
-    timeout 100 mpirun -n 2 "$CUPEL" run job.yaml "${big[@]}" : -n 1 sh -c 'ulimit -v '$limit'; exec "$0" "$@"' "$CUPEL" run job.yaml "${big[@]}" >out.txt 2>&1 </dev/null || status=$?
-    ends_with 1 "rank 2: "
-    grep -qE 'memory|bytes' out.txt || { cat out.txt >&2; fail "the message does not speak of memory"; }
-fi
+    ranks 2 "$CUPEL" run study.yaml --quiet --out tf32 --set $option.precision=tf32 --set run.device=cpu >out.txt 2>&1 || status=$?
+    ends_with 2 "$option: precision: tf32 needs a GPU"
+    [[ ! -e tf32 ]] || fail "a job that could not begin made its folder"
+done
 
 # A folder that cannot be written to: found by rank 0, told once.
 status=0

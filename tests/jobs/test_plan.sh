@@ -7,27 +7,15 @@
 tiny_text text.txt
 tiny_study job.yaml
 
-# planned STAGE FILE: the last column of the last table that has the stage: bytes of device memory.
-planned() { awk -v stage="$1" '$1 == stage { v = $NF } END { print v }' "$2"; }
-
-# peak LABEL RANKS STAGE OPTION...: what plan says of STAGE beside the peak of a run into folder LABEL.
-peak() {
-    local label=$1 n=$2 stage=$3 expected measured
-    shift 3
-    "$CUPEL" plan job.yaml --out "$label" --ranks "$n" "$@" >plan.txt 2>err || { cat err >&2; fail "$label: plan"; }
-    expected=$(planned "$stage" plan.txt)
-    ranks "$n" "$CUPEL" run job.yaml --out "$label" --quiet "$@" >out 2>err || { cat err >&2; fail "$label: run"; }
-    measured=$(attribute "$label/results.h5" "/stages/$stage/device_bytes_peak")
-    [[ $expected =~ ^[0-9]+$ && $measured =~ ^[0-9]+$ ]] || fail "$label: planned '$expected', measured '$measured'"
-    ((expected * 100 <= measured * 101 && expected * 100 >= measured * 99)) ||
-        fail "$label: planned $expected bytes, measured $measured"
-}
+. "$CUPEL_SOURCE/tests/jobs/plan_peak.sh"
+device=cpu within=1
 
 # One stage at a time: what came before is done in a process of its own.
 tiny_job job.yaml
 peak fp16 1 teacher
 peak fp32 1 teacher --set teacher.precision=fp32
 peak tree 2 teacher --set teacher.reduction=tree --set teacher.recompute=gelu
+peak tree-wide 4 teacher --set teacher.reduction=tree --set teacher.width=64
 peak replicated 2 teacher --set teacher.optimizer=replicated --set teacher.recompute=block --set teacher.micro_batch=4
 peak sharded 3 teacher --set teacher.width=64
 cat >>job.yaml <<'YAML'

@@ -149,6 +149,43 @@ static void test_impossible_sizes_are_out_of_memory_by_name(void **state) {
     cpl_device_destroy(&dev);
 }
 
+static void test_a_limit_of_memory_is_kept_and_told(void **state) {
+    cpl_device *dev = NULL;
+    float *x = NULL, *y = NULL;
+    setenv("CUPEL_DEVICE_BYTES", "1000", 1);
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 1));
+    assert_int_equal(cpl_device_memory_room(dev), 1000);
+    assert_ok(cpl_device_alloc(dev, &x, 150, sizeof *x, "gradients"));
+    assert_int_equal(cpl_device_alloc(dev, &y, 101, sizeof *y, "moments"), CPL_NO_MEMORY);
+    assert_null(y);
+    assert_non_null(strstr(cpl_status_message(), "moments: 404 bytes wanted"));
+    assert_non_null(strstr(cpl_status_message(), "allows 1000, and this process holds 600"));
+    assert_ok(cpl_device_alloc(dev, &y, 100, sizeof *y, "moments"));
+    cpl_device_free(dev, &x);
+    assert_int_equal(cpl_device_memory_room(dev), 1000);
+    cpl_device_destroy(&dev);
+    static const char *const wrong[] = {"many", "-1", "1.5"};
+    for (int i = 0; i < 3; i++) {
+        setenv("CUPEL_DEVICE_BYTES", wrong[i], 1);
+        assert_int_equal(cpl_device_create(&dev, "cpu", 0, 1), CPL_USAGE);
+        assert_non_null(strstr(cpl_status_message(), wrong[i]));
+    }
+    unsetenv("CUPEL_DEVICE_BYTES");
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 1));
+    assert_true(cpl_device_memory_room(dev) == SIZE_MAX && cpl_device_memory_used(dev) == 0);
+    cpl_device_destroy(&dev);
+}
+
+static void test_tf32_is_fp32_that_the_cpu_has_not(void **state) {
+    cpl_device *dev = NULL;
+    assert_ok(cpl_device_create(&dev, "cpu", 0, 1));
+    assert_false(cpl_device_has(dev, CPL_TF32));
+    assert_true(cpl_device_has(dev, CPL_F32) && cpl_device_has(dev, CPL_BF16) && cpl_device_has(dev, CPL_F16));
+    assert_true(cpl_dtype_storage(CPL_TF32) == CPL_F32 && cpl_dtype_size(CPL_TF32) == 4 && cpl_dtype_storage(CPL_F16) == CPL_F16);
+    assert_string_equal(cpl_dtype_name(CPL_TF32), "tf32");
+    cpl_device_destroy(&dev);
+}
+
 static void note_key(const char *key, const char *value, void *to) {
     char *keys = to;
     assert_true(value[0] != '\0');
@@ -177,6 +214,8 @@ int main(void) {
         cmocka_unit_test(test_instruction_set_that_is_not_there_is_refused),
         cmocka_unit_test(test_memory_is_counted_zeroed_and_aligned),
         cmocka_unit_test(test_impossible_sizes_are_out_of_memory_by_name),
+        cmocka_unit_test(test_a_limit_of_memory_is_kept_and_told),
+        cmocka_unit_test(test_tf32_is_fp32_that_the_cpu_has_not),
         cmocka_unit_test(test_description_names_instruction_set_library_and_threads),
     };
     return test_main(tests, NULL, NULL);

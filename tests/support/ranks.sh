@@ -8,6 +8,9 @@ fi
 command -v ssh >/dev/null || export OMPI_MCA_plm_rsh_agent=false
 export OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 
+# Where there are GPUs, tests of more ranks than those run all the same.
+export CUPEL_RANKS_PER_GPU=${CUPEL_RANKS_PER_GPU:-16}
+
 # A rank that waits gives its core away: other tests, or more ranks than cores, make that several times faster.
 export OMPI_MCA_mpi_yield_when_idle=1
 # Sanitizer builds: MPI libraries have no frame pointers, and lsan.supp needs whole stacks to know them by.

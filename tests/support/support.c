@@ -84,7 +84,7 @@ double *test_widen(cpl_dtype dt, const void *x, int64_t n) {
 }
 
 double test_roundoff(cpl_dtype dt) {
-    static const double roundoff[] = {[CPL_F32] = 0x1p-24, [CPL_BF16] = 0x1p-8, [CPL_F16] = 0x1p-11};
+    static const double roundoff[] = {[CPL_F32] = 0x1p-24, [CPL_BF16] = 0x1p-8, [CPL_F16] = 0x1p-11, [CPL_TF32] = 0x1p-10};
     return roundoff[dt];
 }
 

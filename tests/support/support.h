@@ -51,7 +51,8 @@ void *test_act(cpl_dtype dt, uint32_t stream, int64_t n, float scale, double **e
 /* A new f64 array of the values of an act buffer, or of f32 with dt = CPL_F32. */
 double *test_widen(cpl_dtype dt, const void *x, int64_t n);
 
-/* Unit roundoff of dt, half a unit in the last place of 1: 2^-24, 2^-8 (bf16), 2^-11 (f16). */
+/* Unit roundoff of dt, half a unit in the last place of 1: 2^-24, 2^-8 (bf16), 2^-11 (f16). Of tf32 a whole one, 2^-10: operands
+ * may be cut to 10 bits of mantissa instead of rounded. */
 double test_roundoff(cpl_dtype dt);
 /* Fails, naming `what` and the worst index, unless |got[i] - want[i]| <= absolute + relative |want[i]| for all i (NaN matches NaN).
  * On a GPU absolute is taken with test_slack and relative with 256 roundoffs of f32 more; where both are 0 the values are the same

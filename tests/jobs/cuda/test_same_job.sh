@@ -23,7 +23,7 @@ close() {
 run cpu 1 cpu teacher.precision=fp32 teacher.steps=100
 run gpu 1 cuda teacher.precision=fp32 teacher.steps=100
 close cpu gpu /stages/teacher/loss 1e-4
-for p in bf16 fp16; do
+for p in bf16 fp16 tf32; do
     run $p 1 cuda teacher.precision=$p teacher.steps=100
     run $p-again 1 cuda teacher.precision=$p teacher.steps=100
     same "$(model $p)" "$(model $p-again)" param m v metrics_eval

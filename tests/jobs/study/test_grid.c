@@ -162,7 +162,7 @@ static void test_what_no_trial_could_do_is_refused_at_its_place(void **state) {
     rig_refuse(HEAD "      model: [teacher]\n      prune: {sparsity: 0.5, finetune_steps: 1, micro_batch: [8, 24]}\n", NULL, 0,
                "job.yaml:6:7: sweep 'grid': trial 'teacher micro_batch=24': global_batch: 64 is not a multiple of micro_batch 24");
     rig_refuse(HEAD "      model: [teacher]\n      pareto: [val_loss, speed]\n", NULL, 0,
-               "job.yaml:8:15: sweep 'grid': pareto: expected val_loss, bytes or latency, got 'speed'");
+               "job.yaml:8:15: sweep 'grid': pareto: expected val_loss, bytes, latency or energy, got 'speed'");
     rig_refuse(HEAD "      model: [teacher]\n      latency_runs: 0\n      objective: {latency: 1}\n", NULL, 0,
                "job.yaml:9:18: sweep 'grid': objective: latency is not measured with latency_runs: 0");
     rig_refuse(HEAD "      model: [teacher]\n      prune: {lr: [1,2], beta1: [0,0.1], beta2: [0,0.1], clip: [1,2], eps: [0.1,0.2], "

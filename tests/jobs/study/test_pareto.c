@@ -83,12 +83,17 @@ static void test_random_fronts_follow_the_definition(void **state) {
     }
 }
 
+static double score(double loss, double loss0, cpl_score_term latency, cpl_score_term bytes) {
+    return cpl_score(loss, loss0, (const cpl_score_term[]){latency, bytes}, 2);
+}
+
 static void test_the_score_is_relative_to_the_unchanged_model(void **state) {
-    assert_true(cpl_score(3, 2, NAN, NAN, 0, NAN, NAN, 0) == 1.5);
-    assert_true(cpl_score(2, 2, 5, 10, 0.2, 25, 100, 0.4) == 1 + 0.2 * 5 / 10 + 0.4 * 25 / 100);
-    assert_true(cpl_score(2, 2, 10, 10, 1, 100, 100, 1) == 3);
-    assert_true(isnan(cpl_score(2, 2, NAN, 10, 0.1, 1, 1, 0)));
-    assert_true(isnan(cpl_score(NAN, 2, 1, 1, 0, 1, 1, 0)));
+    const cpl_score_term nothing = {NAN, NAN, 0};
+    assert_true(score(3, 2, nothing, nothing) == 1.5);
+    assert_true(score(2, 2, (cpl_score_term){5, 10, 0.2}, (cpl_score_term){25, 100, 0.4}) == 1 + 0.2 * 5 / 10 + 0.4 * 25 / 100);
+    assert_true(score(2, 2, (cpl_score_term){10, 10, 1}, (cpl_score_term){100, 100, 1}) == 3);
+    assert_true(isnan(score(2, 2, (cpl_score_term){NAN, 10, 0.1}, nothing)));
+    assert_true(isnan(score(NAN, 2, nothing, nothing)));
 }
 
 int main(void) {

@@ -111,6 +111,63 @@ static void test_unaligned_operands(void **state) {
     }
 }
 
+/* TF32: operands lose all but 10 bits of mantissa, sums are f32. The CPU multiplies in f32. */
+static void check_tf32(shape s) {
+    const cpl_dtype on[2] = {CPL_F32, CPL_TF32};
+    test_twin x = test_twin_act(CPL_F32, 1, s.R * s.K, 1.0f), w = test_twin_act(CPL_F32, 2, s.N * s.K, 0.5f);
+    test_twin bias = test_twin_act(CPL_F32, 3, s.N, 1.0f), dy = test_twin_act(CPL_F32, 6, s.R * s.N, 1.0f);
+    test_twin pre = test_twin_act(CPL_F32, 7, s.R * s.K, 1.0f), y = test_twin_new((size_t)(s.R * s.N) * sizeof(float));
+    test_twin kept = test_twin_new((size_t)(s.R * s.N) * sizeof(float)), dx = test_twin_new((size_t)(s.R * s.K) * sizeof(float));
+    test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K, 1.0f), db = test_twin_act(CPL_F32, 9, s.N, 1.0f);
+    for (int d = 0; d < 2; d++) {
+        cpl_device *dev = test_on[d];
+        assert_ok(CPL_OPS(dev, linear_fwd, on[d], y.on[d], kept.on[d], x.on[d], w.on[d], bias.on[d], CPL_ACT_GELU, s.R, s.N, s.K));
+        assert_ok(CPL_OPS(dev, linear_bwd_input, on[d], dx.on[d], NULL, dy.on[d], w.on[d], pre.on[d], s.R, s.N, s.K));
+        assert_ok(CPL_OPS(dev, linear_bwd_weight, on[d], dw.on[d], db.on[d], dy.on[d], x.on[d], s.R, s.N, s.K, false));
+    }
+    double relative = 4 * test_roundoff(CPL_TF32);
+    test_twin_close("y", CPL_F32, &y, s.R * s.N, 1.2 * tolerance(CPL_TF32, s.K + 1, 1.0), relative);
+    test_twin_close("pre", CPL_F32, &kept, s.R * s.N, tolerance(CPL_TF32, s.K + 1, 1.0), relative);
+    test_twin_close("dx", CPL_F32, &dx, s.R * s.K, 2 * tolerance(CPL_TF32, s.N, 1.0), relative);
+    test_twin_close("dw", CPL_F32, &dw, s.N * s.K, tolerance(CPL_TF32, s.R + 1, 2.0), relative);
+    test_twin_close("db", CPL_F32, &db, s.N, tolerance(CPL_TF32, s.R + 1, 2.0), relative);
+    test_twin *all[] = {&x, &w, &bias, &dy, &pre, &y, &kept, &dx, &dw, &db};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        test_twin_free(all[i]);
+    }
+}
+
+static void test_tf32_agrees_with_fp32_to_ten_bits(void **state) {
+    assert_true(cpl_device_has(test_on[1], CPL_TF32));
+    for (int i = 0; i < SHAPES; i++) {
+        check_tf32(shapes[i]);
+    }
+}
+
+/* Full f32 products under the name of TF32 would pass every tolerance. */
+static void test_tf32_is_not_fp32(void **state) {
+    shape s = {512, 768, 256};
+    const cpl_dtype types_run[2] = {CPL_F32, CPL_TF32};
+    test_twin x = test_twin_act(CPL_F32, 1, s.R * s.K, 1.0f), w = test_twin_act(CPL_F32, 2, s.N * s.K, 0.5f);
+    void *bits[2];
+    for (int run = 0; run < 2; run++) {
+        test_twin y = test_twin_new((size_t)(s.R * s.N) * sizeof(float));
+        assert_ok(
+            CPL_OPS(test_on[1], linear_fwd, types_run[run], y.on[1], NULL, x.on[1], w.on[1], NULL, CPL_ACT_NONE, s.R, s.N, s.K));
+        bits[run] = test_twin_read(&y, 1);
+        test_twin_free(&y);
+    }
+    double most = 0;
+    for (int64_t i = 0; i < s.R * s.N; i++) {
+        most = fmax(most, fabs((double)((float *)bits[0])[i] - (double)((float *)bits[1])[i]));
+    }
+    assert_true(most > 0x1p-12); /* f32 sums of 256 terms in another order: about 2^-18 */
+    cpl_free(&bits[0]);
+    cpl_free(&bits[1]);
+    test_twin_free(&x);
+    test_twin_free(&w);
+}
+
 static void test_the_same_bits_twice(void **state) {
     shape s = {1000, 768, 520};
     test_twin x = test_twin_act(CPL_BF16, 1, s.R * s.K, 1.0f), dy = test_twin_act(CPL_BF16, 2, s.R * s.N, 1.0f);
@@ -184,6 +241,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_gpu_agrees_with_the_cpu),
         cmocka_unit_test(test_unaligned_operands),
+        cmocka_unit_test(test_tf32_agrees_with_fp32_to_ten_bits),
+        cmocka_unit_test(test_tf32_is_not_fp32),
         cmocka_unit_test(test_the_same_bits_twice),
         cmocka_unit_test(test_our_products_around_gelu),
     };
