@@ -60,12 +60,21 @@ done:
     return st;
 }
 
+/* Sequences of a slice: as many as keep to CPL_ATTENTION_SCORES_MAX in even slices, at least one. */
+static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_shape *s) {
+    int64_t scores = 2 * s->H * s->T * s->T, most = scores < CPL_ATTENTION_SCORES_MAX ? CPL_ATTENTION_SCORES_MAX / scores : 1;
+    int64_t slices = direction == CPL_ATTENTION_FWD ? 1 : (s->B + most - 1) / most;
+    return (s->B + slices - 1) / slices;
+}
+
 size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
     attention_choice choice = AUTO;
     if (find_choice(&choice) != CPL_OK) {
         cpl_status_clear(); /* the first call tells */
     }
-    return cpl_attention_delta(s) + (training && choice != OWN ? (size_t)cpl_attention_cudnn_workspace(s) : 0);
+    cpl_attention_shape slice = *s;
+    slice.B = slice_of(CPL_ATTENTION_BWD, s);
+    return cpl_attention_delta(s) + (training && choice != OWN ? (size_t)cpl_attention_cudnn_workspace(&slice) : 0);
 }
 
 static cpl_status attention_of(cpl_device *dev, cpl_cuda_attention **out) {
@@ -120,13 +129,6 @@ static cpl_status keep(cpl_cuda_attention *a, cpl_attention_direction direction,
     a->remembered[a->count++] = (remembered){.direction = direction, .shape = *s, .cudnn = cudnn};
 done:
     return st;
-}
-
-/* Sequences of a slice: as many as keep to CPL_ATTENTION_SCORES_MAX in even slices, at least one. */
-static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_shape *s) {
-    int64_t scores = 2 * s->H * s->T * s->T, most = scores < CPL_ATTENTION_SCORES_MAX ? CPL_ATTENTION_SCORES_MAX / scores : 1;
-    int64_t slices = direction == CPL_ATTENTION_FWD ? 1 : (s->B + most - 1) / most;
-    return (s->B + slices - 1) / slices;
 }
 
 static const void *later(const void *p, int64_t bytes) {
