@@ -60,14 +60,6 @@ done:
     return st;
 }
 
-size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
-    attention_choice choice = AUTO;
-    if (find_choice(&choice) != CPL_OK) {
-        cpl_status_clear(); /* the first call tells */
-    }
-    return cpl_attention_delta(s) + (training && choice != OWN ? (size_t)cpl_attention_cudnn_workspace(s) : 0);
-}
-
 static cpl_status attention_of(cpl_device *dev, cpl_cuda_attention **out) {
     cpl_status st = CPL_OK;
     cpl_cuda *cuda = cpl_cuda_of(dev);
@@ -127,6 +119,17 @@ static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_s
     int64_t scores = 2 * s->H * s->T * s->T, most = scores < CPL_ATTENTION_SCORES_MAX ? CPL_ATTENTION_SCORES_MAX / scores : 1;
     int64_t slices = direction == CPL_ATTENTION_FWD ? 1 : (s->B + most - 1) / most;
     return (s->B + slices - 1) / slices;
+}
+
+size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
+    attention_choice choice = AUTO;
+    cpl_attention_shape part = *s;
+    part.B = slice_of(CPL_ATTENTION_BWD, s);
+    if (find_choice(&choice) != CPL_OK) {
+        cpl_status_clear(); /* the first call tells */
+    }
+    size_t whole = cpl_attention_delta(s), slice = cpl_attention_delta(&part) + (size_t)cpl_attention_cudnn_workspace(&part);
+    return training && choice != OWN && slice > whole ? slice : whole;
 }
 
 static const void *later(const void *p, int64_t bytes) {
