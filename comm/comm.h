@@ -68,8 +68,12 @@ void cpl_comm_nccl(char *out, size_t size); /* "2.28.9", or that NCCL is not in 
 /* Whether these calls only enqueue on the device, so that they can be part of a recorded graph: a group of one rank, or NCCL.
  * Whether an operation is recorded must then be the same on all ranks. */
 bool cpl_comm_enqueues(const cpl_comm *c);
-/* Whether a sum can run beside the device's other work: NCCL. */
+/* Whether these calls can run beside the device's other work: NCCL. */
 bool cpl_comm_overlaps(const cpl_comm *c);
+/* Whether the sum of a gradient over the ranks should begin while the backward pass still runs: between hosts, whose network is
+ * slow. Within a host the blocks that NCCL takes away from the matrix products, which fill the GPU, cost more time than NVLink
+ * needs for the sum afterwards. Environment: CUPEL_OVERLAP=0 or 1 on rank 0 decides. */
+bool cpl_comm_sums_early(const cpl_comm *c);
 /* Waits for a mark (cpl_device_wait) behind which such calls may be. Where NCCL reports an error, the device fails or a rank of
  * this host has ended, several ranks cannot free a GPU that waits for another: then the process ends here (cpl_comm_end). doing:
  * static, for people. */

@@ -42,15 +42,27 @@ bool cpl_plane_chosen(const cpl_place *place, int size, char *why, size_t bytes)
     return true;
 }
 
-static cpl_status find_wish(int8_t *wish) {
+bool cpl_plane_early(const cpl_place *place, int size) {
+    if (place[0].overlap != CPL_NCCL_AUTO) {
+        return place[0].overlap == CPL_NCCL_ALWAYS;
+    }
+    for (int r = 1; r < size; r++) {
+        if (strcmp(place[r].host, place[0].host) != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static cpl_status find_wish(const char *name, int8_t *wish) {
     cpl_status st = CPL_OK;
-    const char *text = getenv("CUPEL_NCCL");
+    const char *text = getenv(name);
     *wish = CPL_NCCL_AUTO;
     if (text == NULL || text[0] == '\0') {
         return CPL_OK;
     }
     if (strcmp(text, "0") != 0 && strcmp(text, "1") != 0) {
-        CPL_FAIL(CPL_USAGE, "CUPEL_NCCL=%s: expected 0 (never), 1 (demanded) or nothing", text);
+        CPL_FAIL(CPL_USAGE, "%s=%s: expected 0 (never), 1 (demanded) or nothing", name, text);
     }
     *wish = text[0] == '0' ? CPL_NCCL_NEVER : CPL_NCCL_ALWAYS;
 done:
@@ -58,7 +70,7 @@ done:
 }
 
 /* Collective: the same answer on all ranks, for it is made of the same table. */
-static cpl_status choose(cpl_comm *c, cpl_device *dev, bool *chosen, bool *demanded, char *why, size_t size) {
+static cpl_status choose(cpl_comm *c, cpl_device *dev, bool *chosen, bool *demanded, bool *early, char *why, size_t size) {
     cpl_status st = CPL_OK;
     cpl_place *place = NULL;
     CPL_TRY(cpl_agree(c, cpl_alloc(&place, (size_t)c->size, sizeof *place, "places of the ranks")));
@@ -70,12 +82,14 @@ static cpl_status choose(cpl_comm *c, cpl_device *dev, bool *chosen, bool *deman
         cpl_device_identity(dev, own->gpu, sizeof own->gpu);
     }
     own->built = cpl_nccl_built();
-    CPL_TRY(cpl_agree(c, find_wish(&own->wish)));
+    cpl_status wishes = find_wish("CUPEL_NCCL", &own->wish);
+    CPL_TRY(cpl_agree(c, wishes == CPL_OK ? find_wish("CUPEL_OVERLAP", &own->overlap) : wishes));
     for (int r = 0; r <= c->size; r++) {
         c->offset[r] = (int64_t)r * (int64_t)sizeof *place;
     }
     CPL_TRY(c->ops->allgather(c, place, c->offset));
     *chosen = cpl_plane_chosen(place, c->size, why, size);
+    *early = cpl_plane_early(place, c->size);
     *demanded = false;
     for (int r = 0; r < c->size; r++) {
         *demanded = *demanded || place[r].wish == CPL_NCCL_ALWAYS;
@@ -87,9 +101,9 @@ done:
 
 cpl_status cpl_comm_route(cpl_comm *c, cpl_device *dev, char *out, size_t size) {
     cpl_status st = CPL_OK;
-    bool chosen = false, demanded = false;
+    bool chosen = false, demanded = false, early = false;
     char why[128];
-    CPL_TRY(choose(c, dev, &chosen, &demanded, why, sizeof why));
+    CPL_TRY(choose(c, dev, &chosen, &demanded, &early, why, sizeof why));
     snprintf(out, size, "%s%s", chosen ? "NCCL" : c->size > 1 ? "host memory over MPI: " : "", why);
 done:
     return st;
@@ -101,13 +115,13 @@ void cpl_comm_nccl(char *out, size_t size) {
 
 cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev) {
     cpl_status st = CPL_OK;
-    bool chosen = false, demanded = false;
+    bool chosen = false, demanded = false, early = false;
     char why[128], version[64];
     if (cpl_by_plane(c, dev)) {
         return CPL_OK;
     }
     cpl_comm_detach(c);
-    CPL_TRY(choose(c, dev, &chosen, &demanded, why, sizeof why));
+    CPL_TRY(choose(c, dev, &chosen, &demanded, &early, why, sizeof why));
     if (!chosen && demanded) {
         CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_NCCL=1 demands NCCL, which cannot be used: %s", why);
     }
@@ -115,6 +129,7 @@ cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev) {
         CPL_TRY(cpl_nccl_open(&c->plane, c, dev));
         c->plane->comm = c;
         c->plane->dev = dev;
+        c->plane->early = early;
     }
     if (!c->told && !cpl_on_host(dev) && (c->size > 1 || chosen)) {
         cpl_nccl_library(version, sizeof version);
@@ -141,6 +156,10 @@ bool cpl_comm_enqueues(const cpl_comm *c) {
 
 bool cpl_comm_overlaps(const cpl_comm *c) {
     return c->plane != NULL;
+}
+
+bool cpl_comm_sums_early(const cpl_comm *c) {
+    return c->plane != NULL && c->plane->early;
 }
 
 /* --- what waits --- */

@@ -210,7 +210,7 @@ done:
 }
 
 bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
-    return cpl_comm_overlaps(o->comm) && !o->reduction.exact;
+    return cpl_comm_sums_early(o->comm) && !o->reduction.exact;
 }
 
 cpl_status cpl_optimizer_overlap(cpl_optimizer *o, const cpl_grad_ready **ready) {
@@ -235,11 +235,14 @@ done:
     return st;
 }
 
-/* What no backward pass has announced, in its order, so that the same pieces are summed: over more than 2 ranks the bits may depend
- * on them. */
+/* All at once; or, where a recorded step overlaps, what no backward pass has announced, in its order, so that the same pieces are
+ * summed: over more than 2 ranks the bits may depend on them. */
 static cpl_status sum_over_ranks(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int64_t first = 0, last = 0;
+    if (!cpl_optimizer_overlaps(o)) {
+        CPL_TRY(cpl_reduction_add(&o->reduction, 0, o->layout->total));
+    }
     for (int64_t k = 0; o->reduction.covered < o->layout->total && k < cpl_layout_ranges(o->layout); k++) {
         cpl_layout_range(o->layout, k, &first, &last);
         CPL_TRY(cpl_reduction_add(&o->reduction, o->layout->begin[first], o->layout->begin[last]));

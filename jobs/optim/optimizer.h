@@ -56,7 +56,7 @@ cpl_status cpl_optimizer_scan(cpl_optimizer *opt);
  * way. Only while a graph is recorded that cpl_optimizer_step is part of, and on all ranks: one that fails on the way would leave
  * the others' GPUs waiting. */
 cpl_status cpl_optimizer_overlap(cpl_optimizer *opt, const cpl_grad_ready **ready);
-/* Whether that is of use: cpl_comm_overlaps and reduction: linear. */
+/* Whether that is of use: cpl_comm_sums_early and reduction: linear. */
 bool cpl_optimizer_overlaps(const cpl_optimizer *opt);
 /* The learning rate of the steps that follow; lr: of cpl_device_host_alloc, as for feed. */
 cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);

@@ -2,31 +2,23 @@
  * Refuses a backward whose bits depend on scheduling.
  *
  * CUPEL_ATTENTION=own: our kernels. CUPEL_ATTENTION=cudnn: cuDNN, CPL_UNSUPPORTED where it has no plan for the shape and type or
- * a buffer is not at a multiple of 16 bytes. Else, for each direction, type and shape at its first call: our kernels in f32, for
- * such buffers, without cuDNN, or where cuDNN has no (for the backward: no deterministic) plan; otherwise both run a few times on
- * the buffers of that call, and cuDNN is taken where its median is below 0.9 of ours. What was taken stays until the device closes.
- * The two differ in roundoff, so a run that must repeat another's bits on shapes where they are about equally fast fixes the choice
- * by the environment. A shape first met while a graph is recorded gets our kernels, since nothing can be timed then. */
+ * a buffer is not at a multiple of 16 bytes. Else, for each direction, type and shape: our kernels in f32, for such buffers,
+ * without cuDNN, or where cuDNN has no (for the backward: no deterministic) plan; otherwise cuDNN where its time is below 0.9 of
+ * ours. Both are timed at the first call and kept in the file of timed choices (tuning.h), so that later runs and other ranks
+ * choose alike. */
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/product.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { TIMED_RUNS = 5 };
 static const double CUDNN_WINS_BELOW = 0.9;
 
 typedef enum { AUTO, OWN, CUDNN } attention_choice;
 
-typedef struct {
-    cpl_attention_direction direction;
-    cpl_attention_shape shape;
-    bool cudnn;
-} remembered;
-
 struct cpl_cuda_attention {
     attention_choice choice;
-    cpl_cudnn *cudnn;       /* owned, or NULL */
-    remembered *remembered; /* owned [capacity] */
-    size_t count, capacity;
+    cpl_cudnn *cudnn; /* owned, or NULL */
 };
 
 #ifndef CPL_CUDNN
@@ -40,6 +32,9 @@ cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attent
     return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "attention: cuDNN is not in this build");
 }
 void cpl_attention_cudnn_close(cpl_cudnn **cudnn) {}
+size_t cpl_attention_cudnn_version(void) {
+    return 0;
+}
 int64_t cpl_attention_cudnn_workspace(const cpl_attention_shape *s) {
     return 0;
 }
@@ -60,23 +55,6 @@ done:
     return st;
 }
 
-/* Sequences of a slice: as many as keep to CPL_ATTENTION_SCORES_MAX in even slices, at least one. */
-static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_shape *s) {
-    int64_t scores = 2 * s->H * s->T * s->T, most = scores < CPL_ATTENTION_SCORES_MAX ? CPL_ATTENTION_SCORES_MAX / scores : 1;
-    int64_t slices = direction == CPL_ATTENTION_FWD ? 1 : (s->B + most - 1) / most;
-    return (s->B + slices - 1) / slices;
-}
-
-size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
-    attention_choice choice = AUTO;
-    if (find_choice(&choice) != CPL_OK) {
-        cpl_status_clear(); /* the first call tells */
-    }
-    cpl_attention_shape slice = *s;
-    slice.B = slice_of(CPL_ATTENTION_BWD, s);
-    return cpl_attention_delta(s) + (training && choice != OWN ? (size_t)cpl_attention_cudnn_workspace(&slice) : 0);
-}
-
 static cpl_status attention_of(cpl_device *dev, cpl_cuda_attention **out) {
     cpl_status st = CPL_OK;
     cpl_cuda *cuda = cpl_cuda_of(dev);
@@ -95,40 +73,26 @@ void cpl_cuda_attention_close(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
     if (cuda->attention != NULL) {
         cpl_attention_cudnn_close(&cuda->attention->cudnn);
-        cpl_free(&cuda->attention->remembered);
         cpl_free(&cuda->attention);
     }
 }
 
-static bool same_shape(const cpl_attention_shape *a, const cpl_attention_shape *b) {
-    return a->dt == b->dt && a->B == b->B && a->T == b->T && a->H == b->H && a->D == b->D;
+/* Sequences of a slice: as many as keep to CPL_ATTENTION_SCORES_MAX in even slices, at least one. */
+static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_shape *s) {
+    int64_t scores = 2 * s->H * s->T * s->T, most = scores < CPL_ATTENTION_SCORES_MAX ? CPL_ATTENTION_SCORES_MAX / scores : 1;
+    int64_t slices = direction == CPL_ATTENTION_FWD ? 1 : (s->B + most - 1) / most;
+    return (s->B + slices - 1) / slices;
 }
 
-static const remembered *find(const cpl_cuda_attention *a, cpl_attention_direction direction, const cpl_attention_shape *s) {
-    for (size_t i = 0; i < a->count; i++) {
-        if (a->remembered[i].direction == direction && same_shape(&a->remembered[i].shape, s)) {
-            return &a->remembered[i];
-        }
+size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
+    attention_choice choice = AUTO;
+    cpl_attention_shape part = *s;
+    part.B = slice_of(CPL_ATTENTION_BWD, s);
+    if (find_choice(&choice) != CPL_OK) {
+        cpl_status_clear(); /* the first call tells */
     }
-    return NULL;
-}
-
-static cpl_status keep(cpl_cuda_attention *a, cpl_attention_direction direction, const cpl_attention_shape *s, bool cudnn) {
-    cpl_status st = CPL_OK;
-    remembered *grown = NULL;
-    if (a->count == a->capacity) {
-        size_t capacity = a->capacity == 0 ? 16 : 2 * a->capacity;
-        CPL_TRY(cpl_alloc(&grown, capacity, sizeof *grown, "attention shapes"));
-        if (a->count > 0) {
-            memcpy(grown, a->remembered, a->count * sizeof *grown);
-        }
-        cpl_free(&a->remembered);
-        a->remembered = grown;
-        a->capacity = capacity;
-    }
-    a->remembered[a->count++] = (remembered){.direction = direction, .shape = *s, .cudnn = cudnn};
-done:
-    return st;
+    size_t whole = cpl_attention_delta(s), slice = cpl_attention_delta(&part) + (size_t)cpl_attention_cudnn_workspace(&part);
+    return training && choice != OWN && slice > whole ? slice : whole;
 }
 
 static const void *later(const void *p, int64_t bytes) {
@@ -183,38 +147,32 @@ static cpl_status run(cpl_device *dev, cpl_cuda_attention *a, bool cudnn, cpl_at
     return direction == CPL_ATTENTION_FWD ? cpl_attention_own_fwd(dev, s, x) : cpl_attention_own_bwd(dev, s, x);
 }
 
-static int ascending(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
+/* A call to be timed. */
+typedef struct {
+    cpl_device *dev;
+    cpl_cuda_attention *attention;
+    bool cudnn;
+    cpl_attention_direction direction;
+    const cpl_attention_shape *shape;
+    const cpl_attention_buffers *buffers;
+} timed_call;
+
+static cpl_status run_timed(void *context) {
+    const timed_call *t = context;
+    return run(t->dev, t->attention, t->cudnn, t->direction, t->shape, t->buffers);
 }
 
-/* *ms = median of TIMED_RUNS runs after one that is not counted. */
-static cpl_status timed(cpl_device *dev, cpl_cuda_attention *a, bool cudnn, cpl_attention_direction direction,
-                        const cpl_attention_shape *s, const cpl_attention_buffers *x, double *ms) {
-    cpl_status st = CPL_OK;
-    cudaStream_t stream = cpl_cuda_stream(dev);
-    cudaEvent_t from = NULL, to = NULL;
-    float each[TIMED_RUNS];
-    CPL_CUDA_TRY("time attention", cudaEventCreate(&from));
-    CPL_CUDA_TRY("time attention", cudaEventCreate(&to));
-    CPL_TRY(run(dev, a, cudnn, direction, s, x));
-    for (int i = 0; i < TIMED_RUNS; i++) {
-        CPL_CUDA_TRY("time attention", cudaEventRecord(from, stream));
-        CPL_TRY(run(dev, a, cudnn, direction, s, x));
-        CPL_CUDA_TRY("time attention", cudaEventRecord(to, stream));
-        CPL_CUDA_TRY("time attention", cudaEventSynchronize(to));
-        CPL_CUDA_TRY("time attention", cudaEventElapsedTime(&each[i], from, to));
+/* *ms = its time, from the file of earlier ones where it is there. */
+static cpl_status time_of(timed_call *t, double *ms) {
+    char name[32];
+    const cpl_attention_shape *s = t->shape;
+    const char *direction = t->direction == CPL_ATTENTION_FWD ? "fwd" : "bwd";
+    if (t->cudnn) {
+        snprintf(name, sizeof name, "attention_cudnn%zu_%s", cpl_attention_cudnn_version(), direction);
+    } else {
+        snprintf(name, sizeof name, "attention_own_%s", direction);
     }
-    qsort(each, TIMED_RUNS, sizeof each[0], ascending);
-    *ms = each[TIMED_RUNS / 2];
-done:
-    if (from != NULL) {
-        cudaEventDestroy(from);
-    }
-    if (to != NULL) {
-        cudaEventDestroy(to);
-    }
-    return st;
+    return cpl_cuda_timed_once(t->dev, name, (int64_t[4]){s->B, s->T, s->H, 8 * s->D + s->dt}, run_timed, t, ms);
 }
 
 /* cuDNN's plans take buffers at multiples of 16 bytes. */
@@ -250,21 +208,17 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
         *cudnn = true;
         return CPL_OK;
     }
-    const remembered *known = find(a, direction, s);
-    if (known != NULL || cpl_cuda_of(dev)->recording) {
-        *cudnn = known != NULL && known->cudnn;
-        return CPL_OK;
-    }
     CPL_TRY(plan_slices(dev, a, direction, s, &usable));
     if (usable) {
-        CPL_TRY(timed(dev, a, false, direction, s, x, &own_ms));
-        usable = timed(dev, a, true, direction, s, x, &cudnn_ms) == CPL_OK;
-        if (!usable) { /* it has a plan and fails all the same, or its workspace does not fit */
+        timed_call own = {dev, a, false, direction, s, x}, other = {dev, a, true, direction, s, x};
+        CPL_TRY(time_of(&own, &own_ms));
+        if (time_of(&other, &cudnn_ms) != CPL_OK) { /* it has a plan and fails all the same, or its workspace does not fit */
             cpl_status_clear();
+            a->choice = OWN;
+        } else {
+            *cudnn = cudnn_ms < CUDNN_WINS_BELOW * own_ms;
         }
     }
-    *cudnn = usable && cudnn_ms < CUDNN_WINS_BELOW * own_ms;
-    CPL_TRY(keep(a, direction, s, *cudnn));
 done:
     return st;
 }

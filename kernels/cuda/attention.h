@@ -45,6 +45,7 @@ cpl_status cpl_attention_cudnn_plan(cpl_device *dev, cpl_cudnn **cudnn, cpl_atte
 cpl_status cpl_attention_cudnn_run(cpl_device *dev, cpl_cudnn *cudnn, cpl_attention_direction direction,
                                    const cpl_attention_shape *s, const cpl_attention_buffers *x);
 void cpl_attention_cudnn_close(cpl_cudnn **cudnn);
+size_t cpl_attention_cudnn_version(void); /* 91400 for 9.14.0; 0: not in this build */
 /* Bytes of the backward's workspace as far as they can be foretold; 0 where it cannot be used. */
 int64_t cpl_attention_cudnn_workspace(const cpl_attention_shape *s);
 

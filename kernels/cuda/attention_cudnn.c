@@ -261,3 +261,7 @@ void cpl_attention_cudnn_close(cpl_cudnn **cudnn) {
     cpl_free(&c->plans);
     cpl_free(cudnn);
 }
+
+size_t cpl_attention_cudnn_version(void) {
+    return cudnnGetVersion();
+}

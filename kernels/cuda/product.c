@@ -116,7 +116,9 @@ static cpl_status limit(const cpl_product *p, cublasLtMatmulPreference_t prefere
     cpl_status st = CPL_OK;
     const char *doing = "look for algorithms";
     const size_t workspace = WORKSPACE_BYTES;
-    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+    /* Parts of a sum are never rounded to 16 bits on the way. */
+    const bool wide = p->wide || type_of(p->dt) == CUDA_R_32F;
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | (wide ? CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE : 0);
     const uint32_t align[3] = {(uint32_t)p->alignment[0], (uint32_t)p->alignment[1], (uint32_t)p->alignment[2]};
 #define LIMIT(name, value)                                                                                                         \
     CPL_LT(doing, cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_##name, &(value), sizeof(value)))
@@ -228,26 +230,34 @@ done:
 
 /* --- plans --- */
 
-/* From the file of earlier choices, if the library still takes the algorithm; else timed and added to it. */
+/* An earlier choice, if the library still takes the algorithm. */
+static bool chosen_before(cpl_cuda_linear *linear, cpl_product_plan *plan) {
+    cublasLtMatmulHeuristicResult_t check;
+    plan->ms = INFINITY;
+    return cpl_tuning_find(linear->tuning, "product", &plan->product, sizeof plan->product, &plan->ms, &plan->algo,
+                           sizeof plan->algo) &&
+           (!isfinite(plan->ms) || cublasLtMatmulAlgoCheck(linear->handle, plan->desc, plan->a, plan->b, plan->d, plan->d,
+                                                           &plan->algo, &check) == CUBLAS_STATUS_SUCCESS);
+}
+
+/* From earlier choices, this process's or another's; else timed and added to them. */
 static cpl_status settle(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data) {
     cpl_status st = CPL_OK;
     cpl_cuda_linear *linear = cpl_cuda_of(dev)->linear;
-    cublasLtMatmulHeuristicResult_t check;
     CPL_TRY(describe(plan));
     CPL_TRY(point(plan, data));
-    plan->ms = INFINITY;
-    if (cpl_tuning_find(linear->tuning, "product", &plan->product, sizeof plan->product, &plan->ms, &plan->algo,
-                        sizeof plan->algo)) {
-        if (!isfinite(plan->ms) || cublasLtMatmulAlgoCheck(linear->handle, plan->desc, plan->a, plan->b, plan->d, plan->d,
-                                                           &plan->algo, &check) == CUBLAS_STATUS_SUCCESS) {
-            goto done;
-        }
-        plan->ms = INFINITY;
+    if (chosen_before(linear, plan)) {
+        return CPL_OK;
     }
-    CPL_TRY(choose(dev, plan, data));
-    CPL_TRY(
-        cpl_tuning_keep(linear->tuning, "product", &plan->product, sizeof plan->product, plan->ms, &plan->algo, sizeof plan->algo));
+    CPL_TRY(cpl_tuning_claim(linear->tuning));
+    if (!chosen_before(linear, plan)) {
+        plan->ms = INFINITY;
+        CPL_TRY(choose(dev, plan, data));
+        CPL_TRY(cpl_tuning_keep(linear->tuning, "product", &plan->product, sizeof plan->product, plan->ms, &plan->algo,
+                                sizeof plan->algo));
+    }
 done:
+    cpl_tuning_release(linear->tuning);
     return st;
 }
 
@@ -300,16 +310,21 @@ cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t 
                                void *context, double *ms) {
     cpl_status st = CPL_OK;
     cpl_tuning *tuning = cpl_cuda_of(dev)->linear->tuning;
-    if (cpl_tuning_find(tuning, name, size, 4 * sizeof *size, ms, NULL, 0)) {
+    const size_t bytes = 4 * sizeof *size;
+    if (cpl_tuning_find(tuning, name, size, bytes, ms, NULL, 0)) {
         return CPL_OK;
     }
     if (cpl_cuda_of(dev)->recording) {
         CPL_FAIL(CPL_INTERNAL, "%s: expected to be timed before a graph is recorded", name);
     }
-    CPL_TRY(body(context));
-    CPL_TRY(cpl_tuning_time(dev, body, context, ROUNDS, ms));
-    CPL_TRY(cpl_tuning_keep(tuning, name, size, 4 * sizeof *size, *ms, NULL, 0));
+    CPL_TRY(cpl_tuning_claim(tuning));
+    if (!cpl_tuning_find(tuning, name, size, bytes, ms, NULL, 0)) {
+        CPL_TRY(body(context));
+        CPL_TRY(cpl_tuning_time(dev, body, context, ROUNDS, ms));
+        CPL_TRY(cpl_tuning_keep(tuning, name, size, bytes, *ms, NULL, 0));
+    }
 done:
+    cpl_tuning_release(tuning);
     return st;
 }
 

@@ -1,10 +1,13 @@
 /* See tuning.h: one line a choice, "name key-in-hex ms value-in-hex".
  * Refuses lines of another form, and files of another GPU or library version. */
 #include "kernels/cuda/tuning.h"
+#include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -19,9 +22,10 @@ typedef struct {
 struct cpl_tuning {
     char path[1024]; /* "": none can be kept */
     char title[256]; /* the file's first line */
+    int file;        /* owned descriptor, -1: none */
+    off_t seen;      /* bytes of it that are in the table */
     entry *entries;  /* owned [capacity] */
     size_t count, capacity;
-    bool changed;
 };
 
 static void to_hex(const void *bytes, size_t n, char *hex) {
@@ -95,28 +99,71 @@ static void find_path(cpl_tuning *t, const char *gpu, int64_t version) {
     snprintf(t->path, sizeof t->path, "%s/%s-%lld.tuning", folder, name, (long long)version);
 }
 
-static cpl_status read_file(cpl_tuning *t) {
+/* A line without its end. */
+static bool parse(const char *line, entry *e) {
+    char ms[40], *end = NULL;
+    if (sscanf(line, "%31s %512s %39s %512s", e->name, e->key, ms, e->value) != 4) {
+        return false;
+    }
+    e->ms = strtod(ms, &end);
+    return end != ms && *end == 0 && e->ms > 0;
+}
+
+/* The file's lines behind `seen`; *good: all are of the form. The title is the first. */
+static cpl_status read_more(cpl_tuning *t, bool *good) {
     cpl_status st = CPL_OK;
     char line[4 * KEY_MAX + 256];
-    FILE *f = t->path[0] == 0 ? NULL : fopen(t->path, "r");
-    if (f == NULL) {
-        return CPL_OK;
-    }
-    bool right = fgets(line, sizeof line, f) != NULL && strcmp(line, t->title) == 0;
-    while (right && fgets(line, sizeof line, f) != NULL) {
+    int copy = dup(t->file);
+    FILE *f = copy < 0 ? NULL : fdopen(copy, "r");
+    *good = f != NULL && fseeko(f, t->seen, SEEK_SET) == 0;
+    while (*good && fgets(line, sizeof line, f) != NULL) {
         entry e;
-        char ms[40], *end = NULL;
-        right = sscanf(line, "%31s %512s %39s %512s", e.name, e.key, ms, e.value) == 4;
-        e.ms = right ? strtod(ms, &end) : 0;
-        right = right && end != ms && *end == 0 && e.ms > 0;
-        if (right) {
+        *good = t->seen == 0 ? strcmp(line, t->title) == 0 : parse(line, &e);
+        if (*good && t->seen > 0) {
             CPL_TRY(add(t, &e));
         }
+        t->seen += *good ? (off_t)strlen(line) : 0;
     }
-    t->count = right ? t->count : 0;
 done:
-    fclose(f);
+    if (f != NULL) {
+        fclose(f);
+    } else if (copy >= 0) {
+        close(copy);
+    }
     return st;
+}
+
+static void append(cpl_tuning *t, const char *text) {
+    size_t n = strlen(text);
+    if (t->file >= 0 && write(t->file, text, n) == (ssize_t)n) {
+        t->seen += (off_t)n;
+    }
+}
+
+cpl_status cpl_tuning_claim(cpl_tuning *t) {
+    cpl_status st = CPL_OK;
+    bool good = true;
+    if (t->file < 0) {
+        return CPL_OK;
+    }
+    while (flock(t->file, LOCK_EX) != 0 && errno == EINTR) {
+    }
+    CPL_TRY(read_more(t, &good));
+    if (!good || t->seen == 0) { /* damaged, or new */
+        t->count = 0;
+        t->seen = 0;
+        if (ftruncate(t->file, 0) == 0) {
+            append(t, t->title);
+        }
+    }
+done:
+    return st;
+}
+
+void cpl_tuning_release(cpl_tuning *t) {
+    if (t->file >= 0) {
+        (void)flock(t->file, LOCK_UN);
+    }
 }
 
 cpl_status cpl_tuning_open(cpl_tuning **out, const char *gpu, int64_t version) {
@@ -125,7 +172,9 @@ cpl_status cpl_tuning_open(cpl_tuning **out, const char *gpu, int64_t version) {
     CPL_TRY(cpl_alloc(&t, 1, sizeof *t, "tuning table"));
     snprintf(t->title, sizeof t->title, "cupel tuning 1, %.120s, cuBLASLt %lld\n", gpu, (long long)version);
     find_path(t, gpu, version);
-    CPL_TRY(read_file(t));
+    t->file = t->path[0] == 0 ? -1 : open(t->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    CPL_TRY(cpl_tuning_claim(t));
+    cpl_tuning_release(t);
     *out = t;
     t = NULL;
 done:
@@ -133,31 +182,13 @@ done:
     return st;
 }
 
-static void write_file(const cpl_tuning *t) {
-    char beside[1100];
-    snprintf(beside, sizeof beside, "%s.%ld", t->path, (long)getpid());
-    FILE *f = fopen(beside, "w");
-    if (f == NULL) {
-        return;
-    }
-    bool good = fputs(t->title, f) >= 0;
-    for (size_t i = 0; i < t->count && good; i++) {
-        const entry *e = &t->entries[i];
-        good = fprintf(f, "%s %s %.6g %s\n", e->name, e->key, e->ms, e->value) > 0;
-    }
-    good = fclose(f) == 0 && good;
-    if (!good || rename(beside, t->path) != 0) {
-        (void)unlink(beside);
-    }
-}
-
 void cpl_tuning_close(cpl_tuning **tuning) {
     cpl_tuning *t = *tuning;
     if (t == NULL) {
         return;
     }
-    if (t->changed && t->path[0] != 0) {
-        write_file(t);
+    if (t->file >= 0) {
+        close(t->file);
     }
     cpl_free(&t->entries);
     cpl_free(tuning);
@@ -167,7 +198,7 @@ bool cpl_tuning_find(const cpl_tuning *t, const char *name, const void *key, siz
                      size_t value_bytes) {
     char hex[2 * KEY_MAX + 1];
     to_hex(key, key_bytes, hex);
-    for (size_t i = 0; i < t->count; i++) {
+    for (size_t i = t->count; i-- > 0;) {
         const entry *e = &t->entries[i];
         if (strcmp(e->key, hex) == 0 && strcmp(e->name, name) == 0 && from_hex(e->value, value, value_bytes)) {
             *ms = e->ms;
@@ -180,6 +211,7 @@ bool cpl_tuning_find(const cpl_tuning *t, const char *name, const void *key, siz
 cpl_status cpl_tuning_keep(cpl_tuning *t, const char *name, const void *key, size_t key_bytes, double ms, const void *value,
                            size_t value_bytes) {
     cpl_status st = CPL_OK;
+    char line[4 * KEY_MAX + 256];
     entry e = {.ms = ms};
     if (key_bytes > KEY_MAX || value_bytes > KEY_MAX || strlen(name) >= sizeof e.name) {
         CPL_FAIL(CPL_INTERNAL, "tuning: '%s' with %zu and %zu bytes: expected at most %d", name, key_bytes, value_bytes, KEY_MAX);
@@ -188,7 +220,8 @@ cpl_status cpl_tuning_keep(cpl_tuning *t, const char *name, const void *key, siz
     to_hex(key, key_bytes, e.key);
     to_hex(value, value_bytes, e.value);
     CPL_TRY(add(t, &e));
-    t->changed = true;
+    snprintf(line, sizeof line, "%s %s %.6g %s\n", e.name, e.key, e.ms, e.value);
+    append(t, line);
 done:
     return st;
 }

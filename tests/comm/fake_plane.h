@@ -144,7 +144,7 @@ static fake_plane *fake_attach(cpl_comm *c, cpl_device *dev, bool late) {
     if (f == NULL || c->size > FAKE_RANKS) {
         abort();
     }
-    f->base = (cpl_plane){.ops = &ops, .comm = c, .dev = dev};
+    f->base = (cpl_plane){.ops = &ops, .comm = c, .dev = dev, .early = true};
     f->late = late;
     c->plane = &f->base;
     return f;

@@ -6,10 +6,10 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-static const cpl_place two_hosts[4] = {{"a", "0000:1b:00.0", CPL_NCCL_AUTO, 1},
-                                       {"a", "0000:43:00.0", CPL_NCCL_AUTO, 1},
-                                       {"b", "0000:1b:00.0", CPL_NCCL_AUTO, 1},
-                                       {"b", "0000:43:00.0", CPL_NCCL_AUTO, 1}};
+static const cpl_place two_hosts[4] = {{"a", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
+                                       {"a", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
+                                       {"b", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
+                                       {"b", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO}};
 static cpl_place place[4];
 static char why[128];
 
@@ -46,6 +46,16 @@ static void test_one_rank_takes_nccl_where_it_is_demanded(void **state) {
     assert_true(cpl_plane_chosen(place, 1, why, sizeof why));
 }
 
+static void test_sums_begin_early_between_hosts_or_as_rank_0_says(void **state) {
+    memcpy(place, two_hosts, sizeof place);
+    assert_true(cpl_plane_early(place, 4) && !cpl_plane_early(place, 2) && !cpl_plane_early(place, 1));
+    place[0].overlap = CPL_NCCL_NEVER;
+    assert_false(cpl_plane_early(place, 4));
+    place[0].overlap = CPL_NCCL_ALWAYS;
+    place[1].overlap = CPL_NCCL_NEVER;
+    assert_true(cpl_plane_early(place, 2));
+}
+
 static void test_slices_cover_a_part_once_and_start_at_chunks(void **state) {
     static const int64_t lengths[] = {0, 1, 4095, 4096, 4097, 123456};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
@@ -79,6 +89,7 @@ int main(void) {
         cmocka_unit_test(test_ranks_with_a_gpu_each_take_nccl),
         cmocka_unit_test(test_what_keeps_ranks_from_nccl_is_named),
         cmocka_unit_test(test_one_rank_takes_nccl_where_it_is_demanded),
+        cmocka_unit_test(test_sums_begin_early_between_hosts_or_as_rank_0_says),
         cmocka_unit_test(test_slices_cover_a_part_once_and_start_at_chunks),
         cmocka_unit_test(test_sum_by_tree_takes_little_memory_beside_the_buffer),
     };

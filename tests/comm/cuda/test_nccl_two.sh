@@ -27,6 +27,8 @@ for size in teacher.width=32 'teacher.width=512 teacher.layers=4 teacher.heads=8
         run mpi-$w-$p 2 0 teacher.precision=$p $size
         run nccl-$w-$p 2 1 teacher.precision=$p $size
         same "$(model mpi-$w-$p)" "$(model nccl-$w-$p)" param m v metrics_eval
+        CUPEL_OVERLAP=1 run early-$w-$p 2 1 teacher.precision=$p $size
+        same "$(model mpi-$w-$p)" "$(model early-$w-$p)" param m v metrics_eval
         run replicated-$w-$p 2 1 teacher.precision=$p teacher.optimizer=replicated $size
         same "$(model nccl-$w-$p)" "$(model replicated-$w-$p)" param m v
         run tree-1-$w-$p 1 0 teacher.precision=$p teacher.reduction=tree $size
