@@ -71,8 +71,9 @@ bool cpl_comm_enqueues(const cpl_comm *c);
 /* Whether these calls can run beside the device's other work: NCCL. */
 bool cpl_comm_overlaps(const cpl_comm *c);
 /* Whether the sum of a gradient over the ranks should begin while the backward pass still runs: between hosts, whose network is
- * slow. Within a host the blocks that NCCL takes away from the matrix products, which fill the GPU, cost more time than NVLink
- * needs for the sum afterwards. Environment: CUPEL_OVERLAP=0 or 1 on rank 0 decides. */
+ * slow. Within a host the multiprocessors that NCCL takes away from the matrix products, which fill the GPU, cost about the time
+ * that NVLink needs for the sum afterwards (124M on 2 H100: 60.2 against 59.9 ms a step). Environment: CUPEL_OVERLAP=0 or 1 on rank
+ * 0 decides. */
 bool cpl_comm_sums_early(const cpl_comm *c);
 /* Waits for a mark (cpl_device_wait) behind which such calls may be. Where NCCL reports an error, the device fails or a rank of
  * this host has ended, several ranks cannot free a GPU that waits for another: then the process ends here (cpl_comm_end). doing:
