@@ -4,33 +4,10 @@
 #include "io/base/hash.h"
 #include "io/base/rng.h"
 #include "tests/comm/coded_device.h"
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "tests/support/expect.h"
 #include <unistd.h>
-#include <cmocka.h>
 
-static cpl_comm *world;
-static int rank, size;
-static int wrong;
 static cpl_device host_device = {.kind = "cpu"};
-
-#define EXPECT(condition)                                                                                                          \
-    do {                                                                                                                           \
-        if (!(condition)) {                                                                                                        \
-            wrong++;                                                                                                               \
-            fprintf(stderr, "rank %d of %d: line %d: %s: '%s'\n", rank, size, __LINE__, #condition, cpl_status_message());         \
-        }                                                                                                                          \
-    } while (0)
-#define EXPECT_OK(call) EXPECT((call) == CPL_OK)
-
-static int all_ranks(void **state) {
-    int64_t sum = wrong;
-    assert_int_equal(cpl_comm_allreduce_i64(world, &sum, 1, CPL_SUM), CPL_OK);
-    wrong = 0;
-    return sum == 0 ? 0 : -1;
-}
 
 static void *array(size_t count, size_t element) {
     void *x = calloc(count > 0 ? count : 1, element);
@@ -38,7 +15,7 @@ static void *array(size_t count, size_t element) {
     return x;
 }
 
-static void test_small_values_are_combined_over_all_ranks(void **state) {
+static void test_small_values_are_combined_over_test_all_ranks(void **state) {
     int64_t x[2] = {rank + 1, -rank}, before = -1;
     double f[2] = {rank == size - 1 ? 0.1 : 0.0, rank};
     char text[8] = "";
@@ -87,7 +64,7 @@ static void test_a_status_agreed_twice_names_its_rank_once(void **state) {
     EXPECT(strcmp(cpl_status_message(), expected) == 0);
 }
 
-static void test_agree_word_is_the_or_of_all_ranks(void **state) {
+static void test_agree_word_is_the_or_of_test_all_ranks(void **state) {
     uint32_t word = 0;
     EXPECT_OK(cpl_comm_agree_word(world, &word));
     EXPECT(word == 0);
@@ -380,7 +357,7 @@ static void test_counter_needs_no_help_of_the_rank_that_holds_it(void **state) {
     cpl_counter_destroy(&counter);
 }
 
-#define TEST(name) cmocka_unit_test_teardown(name, all_ranks)
+#define TEST(name) cmocka_unit_test_teardown(name, test_all_ranks)
 
 int main(int argc, char **argv) {
     if (cpl_world_init(&world, &argc, &argv) != CPL_OK) {
@@ -390,10 +367,10 @@ int main(int argc, char **argv) {
     rank = cpl_comm_rank(world);
     size = cpl_comm_size(world);
     const struct CMUnitTest tests[] = {
-        TEST(test_small_values_are_combined_over_all_ranks),
+        TEST(test_small_values_are_combined_over_test_all_ranks),
         TEST(test_agree_takes_the_worst_status_of_the_lowest_rank_with_its_message),
         TEST(test_a_status_agreed_twice_names_its_rank_once),
-        TEST(test_agree_word_is_the_or_of_all_ranks),
+        TEST(test_agree_word_is_the_or_of_test_all_ranks),
         TEST(test_tree_sum_continues_the_tree_over_micro_batches),
         TEST(test_sum_through_many_small_slices_has_the_same_bits),
         TEST(test_device_memory_is_summed_by_way_of_the_host),

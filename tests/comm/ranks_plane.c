@@ -1,29 +1,13 @@
 /* Sums and collections by a plane (what NCCL is asked for), against those through host memory, on as many ranks as mpirun starts.
  * Refuses to leave a test before all ranks know its result. */
 #include "tests/comm/fake_plane.h"
-#include <setjmp.h>
-#include <stdarg.h>
-#include <cmocka.h>
+#include "tests/support/expect.h"
 
-static cpl_comm *world;
 static cpl_device *dev;
-static int rank, size, wrong;
-
-#define EXPECT(condition)                                                                                                          \
-    do {                                                                                                                           \
-        if (!(condition)) {                                                                                                        \
-            wrong++;                                                                                                               \
-            fprintf(stderr, "rank %d of %d: line %d: %s: '%s'\n", rank, size, __LINE__, #condition, cpl_status_message());         \
-        }                                                                                                                          \
-    } while (0)
-#define EXPECT_OK(call) EXPECT((call) == CPL_OK)
 
 static int all_ranks(void **state) {
-    int64_t sum = wrong;
     cpl_comm_detach(world);
-    assert_int_equal(cpl_comm_allreduce_i64(world, &sum, 1, CPL_SUM), CPL_OK);
-    wrong = 0;
-    return sum == 0 ? 0 : -1;
+    return test_all_ranks(state);
 }
 
 /* [size+1] parts of [3, n+3); `shape` 0: about even, 1: rank 0 has all, 2: the last has all, 3: every other one is empty, 4: even.

@@ -4,35 +4,12 @@
 #include "io/base/rng.h"
 #include "jobs/device.h"
 #include "jobs/select.h"
+#include "tests/support/expect.h"
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <cmocka.h>
 
-static cpl_comm *world;
 static cpl_device *dev, *host; /* what selects; the CPU */
-static int rank, size;
-static int wrong;
-static cpl_sha256 seen; /* of all masks: the same on any number of ranks */
-
-#define EXPECT(condition)                                                                                                          \
-    do {                                                                                                                           \
-        if (!(condition)) {                                                                                                        \
-            wrong++;                                                                                                               \
-            fprintf(stderr, "rank %d of %d: line %d: %s: '%s'\n", rank, size, __LINE__, #condition, cpl_status_message());         \
-        }                                                                                                                          \
-    } while (0)
-#define EXPECT_OK(call) EXPECT((call) == CPL_OK)
-
-static int all_ranks(void **state) {
-    int64_t sum = wrong;
-    assert_int_equal(cpl_comm_allreduce_i64(world, &sum, 1, CPL_SUM), CPL_OK);
-    wrong = 0;
-    return sum == 0 ? 0 : -1;
-}
+static cpl_sha256 seen;        /* of all masks: the same on any number of ranks */
 
 /* --- weights --- */
 
@@ -237,7 +214,7 @@ static void check_all(const cpl_model_shape *shape) {
     model_destroy(&m);
 }
 
-static void test_a_model_of_one_chunk_leaves_all_ranks_but_one_without_weights(void **state) {
+static void test_a_model_of_one_chunk_leaves_test_all_ranks_but_one_without_weights(void **state) {
     check_all(&(cpl_model_shape){.layers = 1, .heads = 1, .width = 5, .context = 3, .vocab = 7});
 }
 
@@ -331,7 +308,7 @@ static void test_a_nan_on_any_rank_is_refused_by_all_with_the_name_of_the_tensor
     model_destroy(&m);
 }
 
-#define TEST(name) cmocka_unit_test_teardown(name, all_ranks)
+#define TEST(name) cmocka_unit_test_teardown(name, test_all_ranks)
 
 int main(int argc, char **argv) {
     if (cpl_world_init(&world, &argc, &argv) != CPL_OK || cpl_device_create(&host, "cpu", 0, 1) != CPL_OK ||
@@ -343,7 +320,7 @@ int main(int argc, char **argv) {
     size = cpl_comm_size(world);
     cpl_sha256_init(&seen);
     const struct CMUnitTest tests[] = {
-        TEST(test_a_model_of_one_chunk_leaves_all_ranks_but_one_without_weights),
+        TEST(test_a_model_of_one_chunk_leaves_test_all_ranks_but_one_without_weights),
         TEST(test_tensors_that_cross_shards_give_the_mask_of_sorting_the_whole),
         TEST(test_a_model_of_two_chunks_leaves_some_ranks_without_weights),
         TEST(test_every_k_near_the_ends_and_at_the_ties_is_exact),

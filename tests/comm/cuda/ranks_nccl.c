@@ -2,32 +2,10 @@
  * recorded graph; on as many ranks as mpirun starts, each with a GPU of its own.
  * Refuses to pass where NCCL was not taken. */
 #include "comm/internal.h"
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <cmocka.h>
+#include "tests/support/expect.h"
 
 enum { RANKS = 64, MARK = 0 };
-static cpl_comm *world;
 static cpl_device *dev;
-static int rank, size, wrong;
-
-#define EXPECT(condition)                                                                                                          \
-    do {                                                                                                                           \
-        if (!(condition)) {                                                                                                        \
-            wrong++;                                                                                                               \
-            fprintf(stderr, "rank %d of %d: line %d: %s: '%s'\n", rank, size, __LINE__, #condition, cpl_status_message());         \
-        }                                                                                                                          \
-    } while (0)
-#define EXPECT_OK(call) EXPECT((call) == CPL_OK)
-
-static int all_ranks(void **state) {
-    int64_t sum = wrong;
-    assert_int_equal(cpl_comm_allreduce_i64(world, &sum, 1, CPL_SUM), CPL_OK);
-    wrong = 0;
-    return sum == 0 ? 0 : -1;
-}
 
 /* [size+1] parts of [64, n+64); `shape` 0: about even, odd lengths, 1: rank 0 has all, 2: the last has all, 3: every other one is
  * empty, 4: even. */
@@ -213,7 +191,7 @@ static void test_groups_have_a_communicator_of_their_own(void **state) {
     cpl_comm_destroy(&group);
 }
 
-#define TEST(name) cmocka_unit_test_teardown(name, all_ranks)
+#define TEST(name) cmocka_unit_test_teardown(name, test_all_ranks)
 
 int main(int argc, char **argv) {
     char version[64];
