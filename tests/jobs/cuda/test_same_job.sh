@@ -37,13 +37,21 @@ for p in bf16 fp16 tf32; do
     same "$(model tree-$p-1)" "$(model tree-$p-2)" param m v
 done
 
-# A resume: from a copy of a run that stopped on its way.
-mkdir half
-cp -r bf16/. half/
-rm -f half/results.h5 half/stages/*
-find half/checkpoints -name 'step-100.h5' -delete
-run half 1 cuda teacher.precision=bf16 teacher.steps=100
-same "$(model bf16)" "$(model half)" param m v
+# A resume: a signal stops the run on its way, the same command goes on from its checkpoint to the bits of one that was not stopped.
+long=(teacher.precision=bf16 teacher.steps=3000 teacher.eval_every=0 run.checkpoint_every=0)
+run whole 1 cuda "${long[@]}"
+"$CUPEL" run job.yaml --out half "${long[@]/#/--set=}" --set=run.device=cuda >half.txt 2>&1 &
+for ((i = 0; i < 600; i++)); do
+    grep -q '"event":"step"' half/log.jsonl 2>/dev/null && break
+    sleep 0.05
+done
+kill -USR2 $!
+status=0
+wait $! || status=$?
+((status == 75)) || { cat half.txt >&2; fail "exit status $status after USR2, expected 75"; }
+run half 1 cuda "${long[@]}"
+(($(attribute half/results.h5 stages/teacher/resumed_from_step) > 0)) || fail "the run began anew"
+same "$(model whole)" "$(model half)" param m v
 
 run fault 2 cuda teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_step=2 teacher.inject_rank=1 teacher.inject_tensor=wte
 [ "$(values fault/results.h5 /stages/teacher/overflow)" = "0 0 1 0 0 0" ] || fail "overflow: $(values fault/results.h5 /stages/teacher/overflow)"
