@@ -84,15 +84,26 @@ static int64_t slice_of(cpl_attention_direction direction, const cpl_attention_s
     return (s->B + slices - 1) / slices;
 }
 
-size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training) {
+size_t cpl_attention_sm90_scratch(const cpl_attention_shape *s) {
+    bool fits = s->D == 64 && s->T % CPL_ATTENTION_SM90_BLOCK == 0 && cpl_dtype_size(s->dt) == 2 && s->B * s->T <= INT32_MAX / 2 &&
+                s->B * s->T * s->H <= INT32_MAX / 2;
+    return fits ? (size_t)(s->B * s->H * s->T) * 2 * sizeof(float) : 0;
+}
+
+static size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training, int capability) {
     attention_choice choice = AUTO;
     cpl_attention_shape part = *s;
     part.B = slice_of(CPL_ATTENTION_BWD, s);
     if (find_choice(&choice) != CPL_OK) {
         cpl_status_clear(); /* the first call tells */
     }
-    size_t whole = cpl_attention_delta(s), slice = cpl_attention_delta(&part) + (size_t)cpl_attention_cudnn_workspace(&part);
-    return training && choice != OWN && slice > whole ? slice : whole;
+    size_t own = cpl_attention_delta(s), sm90 = capability == 90 ? cpl_attention_sm90_scratch(s) : 0;
+    size_t cudnn = cpl_attention_delta(&part) + (size_t)cpl_attention_cudnn_workspace(&part);
+    return !training ? own : larger(sm90 > 0 ? sm90 : own, choice != OWN ? cudnn : 0);
 }
 
 static const void *later(const void *p, int64_t bytes) {
@@ -170,7 +181,8 @@ static cpl_status time_of(timed_call *t, double *ms) {
     if (t->cudnn) {
         snprintf(name, sizeof name, "attention_cudnn%zu_%s", cpl_attention_cudnn_version(), direction);
     } else {
-        snprintf(name, sizeof name, "attention_own_%s", direction);
+        bool sm90 = cpl_attention_sm90_usable(t->dev, s, t->buffers);
+        snprintf(name, sizeof name, "attention_%s_%s", sm90 ? "sm90" : "own", direction);
     }
     return cpl_cuda_timed_once(t->dev, name, (int64_t[4]){s->B, s->T, s->H, 8 * s->D + s->dt}, run_timed, t, ms);
 }

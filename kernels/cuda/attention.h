@@ -26,12 +26,22 @@ typedef struct {
 static inline size_t cpl_attention_delta(const cpl_attention_shape *s) {
     return ((size_t)(s->B * s->H * s->T) * sizeof(float) + 255) / 256 * 256;
 }
-/* Bytes of CPL_CUDA_SCRATCH_ATTENTION that this shape comes to, timing included; foretold without a GPU. */
-size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training);
+/* Bytes of CPL_CUDA_SCRATCH_ATTENTION that this shape comes to, timing included; foretold without a GPU. capability: 90 for sm_90.
+ */
+size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training, int capability);
 
-/* Our own kernels: every shape with D <= 256. Errors: CPL_UNSUPPORTED for a wider head. */
+/* Our own kernels: every shape with D <= 256. Errors: CPL_UNSUPPORTED for a wider head. They are the next ones where those are
+ * usable. */
 cpl_status cpl_attention_own_fwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
 cpl_status cpl_attention_own_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
+
+/* For GPUs of sm_90: 16-bit types, heads of 64, sequences of whole blocks, buffers at multiples of 16 bytes. scratch: bytes, 0
+ * where the shape is another. */
+enum { CPL_ATTENTION_SM90_BLOCK = 128 };
+size_t cpl_attention_sm90_scratch(const cpl_attention_shape *s);
+bool cpl_attention_sm90_usable(const cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
+cpl_status cpl_attention_sm90_fwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
+cpl_status cpl_attention_sm90_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
 
 typedef enum { CPL_ATTENTION_FWD, CPL_ATTENTION_BWD, CPL_ATTENTION_DIRECTIONS } cpl_attention_direction;
 

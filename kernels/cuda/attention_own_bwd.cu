@@ -305,6 +305,9 @@ extern "C" cpl_status cpl_attention_own_bwd(cpl_device *dev, const cpl_attention
     if (s->B * s->T * s->H * s->D == 0) {
         return CPL_OK;
     }
+    if (cpl_attention_sm90_usable(dev, s, x)) {
+        return cpl_attention_sm90_bwd(dev, s, x);
+    }
     if (s->D > 256) {
         return cpl_fail(CPL_UNSUPPORTED, __FILE__, __LINE__, "attention on the GPU: heads of %lld; expected at most 256",
                         (long long)s->D);

@@ -115,7 +115,7 @@ template <typename T, int N, int SUMS>
 __global__ void __launch_bounds__(WIDE_THREADS, 2)
     backward_wide_kernel(T *dx, float *partial, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd,
                          const T *g, int64_t R, int C) {
-    extern __shared__ float gathered[];            /* [SUMS][C], at the end */
+    extern __shared__ float gathered[];            /* [groups][SUMS][C], at the end */
     __shared__ float2 parts[2][WIDE_THREADS / 32]; /* sums of a row over a warp; rows take turns */
     int across = C / N, group = threadIdx.x / across, groups = blockDim.x / across, column = threadIdx.x % across * N;
     int warps = across / 32, turn = 0;
@@ -171,21 +171,20 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2)
         }
         store_words(dx + row * C + column, out);
     }
-    for (int t = 0; t < groups; t++) { /* the groups one after another: a fixed order */
-        if (group == t) {
 #pragma unroll
-            for (int s = 0; s < SUMS; s++) {
+    for (int s = 0; s < SUMS; s++) {
 #pragma unroll
-                for (int j = 0; j < N; j++) {
-                    float *to = &gathered[s * C + column + j];
-                    *to = t == 0 ? sum[s][j] : *to + sum[s][j];
-                }
-            }
+        for (int j = 0; j < N; j++) {
+            gathered[(group * SUMS + s) * C + column + j] = sum[s][j];
         }
-        __syncthreads();
     }
+    __syncthreads();
     for (int i = threadIdx.x; i < SUMS * C; i += blockDim.x) {
-        partial[(i / C * (int64_t)gridDim.x + blockIdx.x) * C + i % C] = gathered[i];
+        float total = 0;
+        for (int t = 0; t < groups; t++) { /* a fixed order */
+            total += gathered[t * SUMS * C + i];
+        }
+        partial[(i / C * (int64_t)gridDim.x + blockIdx.x) * C + i % C] = total;
     }
 }
 
@@ -266,8 +265,9 @@ static bool backward_wide(cpl_device *dev, int pieces, T *dx, float *partial, bo
         return false;
     }
     int across = (int)(C / N), threads = WIDE_THREADS / across * across;
+    size_t shared = 3 * (size_t)threads * N * sizeof(float);
     (biased ? backward_wide_kernel<T, N, 3>
-            : backward_wide_kernel<T, N, 2>)<<<pieces, threads, 3 * (size_t)C * sizeof(float), cpl_cuda_stream(dev)>>>(
+            : backward_wide_kernel<T, N, 2>)<<<pieces, threads, shared, cpl_cuda_stream(dev)>>>(
         dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
     return true;
 }

@@ -4,14 +4,23 @@
 #include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/product.h"
-#include "kernels/cuda/product_gelu.cuh"
 #include "kernels/cuda/scratch.h"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/wgmma.cuh"
 
 namespace {
 
 /* A tile of d is made by one of two warpgroups while the other finishes the tile before it ("ping-pong"); a third one sends for the
  * operands. DEPTH: of a stage, 128 bytes. */
-enum { TILE = CPL_GELU_TILE, DEPTH = 64, STAGES = 4, GROUP = 128, THREADS = 3 * GROUP, BOX = DEPTH * TILE * 2, HALF_BOX = BOX / 2 };
+enum {
+    TILE = CPL_GELU_TILE,
+    DEPTH = CPL_BOX_COLUMNS,
+    STAGES = 4,
+    GROUP = 128,
+    THREADS = 3 * GROUP,
+    BOX = DEPTH * TILE * 2,
+    HALF_BOX = BOX / 2
+};
 enum { PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232 };
 
 struct stage {
@@ -43,17 +52,6 @@ __device__ __forceinline__ void group_barrier(int group) {
 __device__ __forceinline__ uint32_t *pair_at(unsigned char (*buffer)[BOX], int row, int j) {
     int lane = threadIdx.x % 32;
     return reinterpret_cast<uint32_t *>(buffer[j / 8] + row * 128 + ((j % 8) ^ (lane / 4)) * 16 + lane % 4 * 4);
-}
-
-template <typename T> __device__ __forceinline__ float2 unpack(uint32_t word) {
-    words<T> x;
-    x.at[0] = word;
-    return make_float2(x.f32(0), x.f32(1));
-}
-template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b) {
-    words<T> x;
-    x.set(0, a, b);
-    return x.at[0];
 }
 
 template <typename T> __device__ __forceinline__ uint32_t gelu_of(uint32_t word) {
@@ -276,37 +274,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 /* --- host --- */
 
-typedef CUresult (*encode_call)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                                const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-encode_call find_encode() {
-    void *call = NULL;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &call, 12000, cudaEnableDefault, &found);
-#else
-    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &call, cudaEnableDefault, &found);
-#endif
-    (void)cudaGetLastError();
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? (encode_call)call : NULL;
-}
-
-/* Boxes of 64 columns and box_rows rows of x [rows, cols] of a 16-bit type. */
-cpl_status describe(CUtensorMap *map, cpl_dtype dt, const void *x, int64_t rows, int64_t cols, int box_rows) {
-    static const encode_call encode = find_encode();
-    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)cols * 2};
-    const cuuint32_t box[2] = {DEPTH, (cuuint32_t)box_rows}, step[2] = {1, 1};
-    CUresult result =
-        encode == NULL ? CUDA_ERROR_NOT_SUPPORTED
-                       : encode(map, dt == CPL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                                (void *)(uintptr_t)x, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? CPL_OK
-                                  : cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "describe a tensor of %lld x %lld: CUDA error %d",
-                                             (long long)rows, (long long)cols, (int)result);
-}
-
 template <typename T, int MODE>
 cpl_status launch(cpl_device *dev, const maps &map, const T *bias, float *partial, int64_t R, int64_t N, int64_t depth) {
     const extent e = {(int)(cpl_ceil_div(R, TILE) * cpl_ceil_div(N, TILE)), (int)cpl_ceil_div(N, TILE),
@@ -326,20 +293,19 @@ cpl_status launch(cpl_device *dev, const maps &map, const T *bias, float *partia
 
 extern "C" bool cpl_cuda_product_gelu_usable(const cpl_device *dev, cpl_dtype dt, int64_t R, int64_t N, int64_t K, const void *x,
                                              const void *y, const void *w, const void *other) {
-    static const bool found = find_encode() != NULL;
-    return found && cpl_cuda_of(dev)->capability == 90 && dt != CPL_F32 && N % 8 == 0 && K % 8 == 0 && R > 0 && N > 0 && K > 0 &&
-           R <= INT32_MAX / 2 && N <= INT32_MAX / 2 && K <= INT32_MAX / 2 && R / TILE * (N > K ? N : K) <= INT32_MAX &&
-           aligned16(x, y, w, other);
+    return cpl_tensor_map_found() && cpl_cuda_of(dev)->capability == 90 && dt != CPL_F32 && N % 8 == 0 && K % 8 == 0 && R > 0 &&
+           N > 0 && K > 0 && R <= INT32_MAX / 2 && N <= INT32_MAX / 2 && K <= INT32_MAX / 2 &&
+           R / TILE * (N > K ? N : K) <= INT32_MAX && aligned16(x, y, w, other);
 }
 
 extern "C" cpl_status cpl_cuda_product_gelu_fwd(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w,
                                                 const void *bias, int64_t R, int64_t N, int64_t K) {
     maps map;
     cpl_status st = CPL_OK;
-    CPL_TRY(describe(&map.a, dt, x, R, K, TILE));
-    CPL_TRY(describe(&map.b, dt, w, N, K, TILE));
-    CPL_TRY(describe(&map.kept, dt, pre != NULL ? pre : y, R, N, TILE));
-    CPL_TRY(describe(&map.d, dt, y, R, N, TILE));
+    CPL_TRY(cpl_tensor_map(&map.a, dt, x, R, K, TILE));
+    CPL_TRY(cpl_tensor_map(&map.b, dt, w, N, K, TILE));
+    CPL_TRY(cpl_tensor_map(&map.kept, dt, pre != NULL ? pre : y, R, N, TILE));
+    CPL_TRY(cpl_tensor_map(&map.d, dt, y, R, N, TILE));
     if (dt == CPL_BF16) {
         using T = __nv_bfloat16;
         st = pre != NULL ? launch<T, FORWARD_KEPT>(dev, map, (const T *)bias, NULL, R, N, K)
@@ -359,10 +325,10 @@ extern "C" cpl_status cpl_cuda_product_gelu_bwd(cpl_device *dev, cpl_dtype dt, v
     cpl_status st = CPL_OK;
     float *partial = NULL;
     int pieces = (int)cpl_ceil_div(R, TILE);
-    CPL_TRY(describe(&map.a, dt, dy, R, N, TILE));
-    CPL_TRY(describe(&map.b, dt, w, N, K, DEPTH));
-    CPL_TRY(describe(&map.kept, dt, pre, R, K, TILE));
-    CPL_TRY(describe(&map.d, dt, dx, R, K, TILE));
+    CPL_TRY(cpl_tensor_map(&map.a, dt, dy, R, N, TILE));
+    CPL_TRY(cpl_tensor_map(&map.b, dt, w, N, K, DEPTH));
+    CPL_TRY(cpl_tensor_map(&map.kept, dt, pre, R, K, TILE));
+    CPL_TRY(cpl_tensor_map(&map.d, dt, dx, R, K, TILE));
     if (dbias != NULL) {
         CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, cpl_scratch_gelu(R, K), &partial));
     }

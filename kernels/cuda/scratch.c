@@ -4,8 +4,8 @@
 #include "kernels/cuda/attention.h"
 
 enum { NORM_PIECES_PER_SM = 2, COLUMN_PIECES_MAX = 64, COLUMN_ROWS_LEAST = 64, ALIGNMENT = 256 };
-/* Multiprocessors of an H100 or H200: what decides about a little of it, where no GPU can be asked. */
-enum { USUAL_SM_COUNT = 132 };
+/* An H100 or H200: what decides about a little of it, where no GPU can be asked. */
+enum { USUAL_SM_COUNT = 132, USUAL_CAPABILITY = 90 };
 
 static int64_t larger(int64_t a, int64_t b) {
     return a > b ? a : b;
@@ -76,14 +76,16 @@ static size_t rows_bytes(const cpl_pass *p, int64_t sm_count) {
 int64_t cpl_cuda_pass_bytes(const cpl_pass *p) {
     cpl_gpu *list = NULL;
     int64_t sm_count = USUAL_SM_COUNT;
+    int capability = USUAL_CAPABILITY;
     size_t bytes = CPL_CUDA_PRODUCT_WORKSPACE + cpl_scratch_flat(larger(p->flat, p->B * p->T * p->C));
     if (cpl_alloc(&list, CPL_GPUS_MAX, sizeof *list, "list of GPUs") == CPL_OK && cpl_cuda_gpus(list, CPL_GPUS_MAX) > 0) {
         sm_count = list[0].sm_count;
+        capability = list[0].capability;
     }
     cpl_free(&list);
     if (p->B > 0) {
         const cpl_attention_shape attention = {.dt = p->dt, .B = p->B, .T = p->T, .H = p->H, .D = p->C / p->H};
-        bytes += cpl_attention_scratch(&attention, p->training);
+        bytes += cpl_attention_scratch(&attention, p->training, capability);
         bytes += p->training ? rows_bytes(p, sm_count) + cpl_scratch_linear(4 * p->C) : 0;
     }
     return (int64_t)bytes;

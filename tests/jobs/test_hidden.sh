@@ -66,9 +66,9 @@ for n in 1 2; do
 done
 ((resumed == 2)) || { cat killed.txt out.txt >&2; fail "$resumed of 2 killed runs went on from a checkpoint"; }
 
-# Later stages see the model and no projection: sizes, weights and validation loss are those of the student; a student can teach.
+# Later stages see the model and no projection: sizes, weights and validation loss (of passes as large) are those of the student; a student can teach.
 cat >>job.yaml <<'YAML'
-  - eval: {name: measured, model: student, latency_runs: 0}
+  - eval: {name: measured, model: student, micro_batch: 2, latency_runs: 0}
   - prune: {name: pruned, model: student, sparsity: 0.5, include: all, finetune_steps: 3, micro_batch: 2, global_batch: 16, lr: 1e-4, warmup: 0}
   - quantize: {name: int8, model: pruned, bits: 8}
   - eval: {name: small, model: int8, latency_runs: 0}

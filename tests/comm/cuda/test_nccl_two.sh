@@ -40,7 +40,7 @@ for size in teacher.width=32 'teacher.width=512 teacher.layers=4 teacher.heads=8
 done
 
 # A run that a signal stopped and the same command continued has the bits of one that was not stopped.
-long=(teacher.precision=bf16 teacher.width=512 teacher.layers=4 teacher.heads=8 teacher.steps=1000 teacher.eval_every=0)
+long=(teacher.precision=bf16 teacher.width=512 teacher.layers=4 teacher.heads=8 teacher.steps=2000 teacher.eval_every=0 run.checkpoint_every=0)
 run whole 2 1 "${long[@]}"
 settings=()
 for s in "${long[@]}"; do settings+=(--set "$s"); done

@@ -190,6 +190,15 @@ static void test_attention_of_wide_heads_agrees_with_the_cpu(void **state) {
     }
 }
 
+/* The kernel for sm_90: more heads than multiprocessors, so that one goes on to the next, and an odd number of blocks. */
+static void test_attention_of_many_heads_agrees_with_the_cpu(void **state) {
+    for (int dt = CPL_BF16; dt <= CPL_F16; dt++) {
+        check((problem){.dt = dt, .B = 23, .T = 256, .H = 12, .D = 64}, 1);
+        check((problem){.dt = dt, .B = 31, .T = 128, .H = 9, .D = 64}, 1);
+        check((problem){.dt = dt, .B = 2, .T = 384, .H = 1, .D = 64}, 1);
+    }
+}
+
 /* Buffers that begin one element past an aligned address. */
 static void test_attention_of_unaligned_buffers_agrees_with_the_cpu(void **state) {
     for (int dt = CPL_F32; dt <= CPL_F16; dt++) {
@@ -237,8 +246,8 @@ static void poison(cpl_dtype dt, const test_twin *t, int64_t at, float value) {
 
 /* One inf in dout of token 70: its own dq and the dv of all it sees are not finite, dq of other tokens is; and one in a key of
  * token 70: the outputs from there on are not finite, those before are. */
-static void check_propagation(cpl_device *dev, cpl_dtype dt, int64_t D, float value) {
-    const problem s = {.dt = dt, .B = 1, .T = 130, .H = 1, .D = D};
+static void check_propagation(cpl_device *dev, cpl_dtype dt, int64_t T, int64_t D, float value) {
+    const problem s = {.dt = dt, .B = 1, .T = T, .H = 1, .D = D};
     const int64_t at = 70;
     buffers x = buffers_of(s);
     if (forward(dev, &x, 1) != CPL_OK) {
@@ -275,9 +284,11 @@ static void check_propagation(cpl_device *dev, cpl_dtype dt, int64_t D, float va
 static void test_inf_and_nan_reach_output_and_gradient_and_not_the_past(void **state) {
     for (int i = 0; i < IMPLEMENTATIONS; i++) {
         for (int dt = CPL_F32; dt <= CPL_F16; dt++) {
-            check_propagation(device_of(i), dt, 64, INFINITY);
-            check_propagation(device_of(i), dt, 64, NAN);
-            check_propagation(device_of(i), dt, 33, INFINITY);
+            check_propagation(device_of(i), dt, 130, 64, INFINITY);
+            check_propagation(device_of(i), dt, 130, 64, NAN);
+            check_propagation(device_of(i), dt, 256, 64, INFINITY);
+            check_propagation(device_of(i), dt, 256, 64, NAN);
+            check_propagation(device_of(i), dt, 130, 33, INFINITY);
         }
     }
 }
@@ -344,6 +355,7 @@ int main(void) {
         cmocka_unit_test(test_attention_bf16_agrees_with_the_cpu),
         cmocka_unit_test(test_attention_f16_agrees_with_the_cpu),
         cmocka_unit_test(test_attention_of_wide_heads_agrees_with_the_cpu),
+        cmocka_unit_test(test_attention_of_many_heads_agrees_with_the_cpu),
         cmocka_unit_test(test_attention_of_unaligned_buffers_agrees_with_the_cpu),
         cmocka_unit_test(test_inf_and_nan_reach_output_and_gradient_and_not_the_past),
         cmocka_unit_test(test_a_recorded_graph_gives_the_same_bits),

@@ -1,7 +1,7 @@
-/* The pieces of Hopper's matrix pipeline that product_gelu.cu is made of: barriers, the bulk tensor copy engine, wgmma.
+/* The pieces of Hopper's matrix pipeline that kernels of sm_90a are made of: barriers, the bulk tensor copy engine, wgmma.
  * Refuses to be compiled for anything but sm_90a. Source: PTX ISA 8.0, asynchronous warpgroup instructions and cp.async.bulk. */
-#ifndef CPL_KERNELS_CUDA_PRODUCT_GELU_CUH
-#define CPL_KERNELS_CUDA_PRODUCT_GELU_CUH
+#ifndef CPL_KERNELS_CUDA_WGMMA_CUH
+#define CPL_KERNELS_CUDA_WGMMA_CUH
 
 #include "kernels/cuda/device.cuh"
 #include <cuda.h>
@@ -47,6 +47,13 @@ __device__ __forceinline__ void box_store(const CUtensorMap *map, const void *fr
                  "r"(shared_address(from)), "r"(first), "r"(row)
                  : "memory");
 }
+/* bytes, a multiple of 16, from memory at such a multiple. */
+__device__ __forceinline__ void bytes_load(void *to, const void *from, int bytes, uint64_t *barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
 __device__ __forceinline__ void stores_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -79,23 +86,21 @@ template <int BEHIND> __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(BEHIND) : "memory");
 }
 
+#define CPL_MMA_OUT8(d, i)                                                                                                         \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define CPL_MMA_OUT32(d, i) CPL_MMA_OUT8(d, i), CPL_MMA_OUT8(d, i + 8), CPL_MMA_OUT8(d, i + 16), CPL_MMA_OUT8(d, i + 24)
+#define CPL_MMA_32                                                                                                                 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define CPL_MMA(types, rows)                                                                                                       \
     asm volatile("{\n"                                                                                                             \
                  ".reg .pred add;\n"                                                                                               \
                  "setp.ne.b32 add, %66, 0;\n"                                                                                      \
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." types " "                                                          \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-                 "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"    \
+                 "{" CPL_MMA_32                                                                                                    \
+                 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"           \
                  "%57,%58,%59,%60,%61,%62,%63}, %64, %65, add, 1, 1, 0, " rows ";\n"                                               \
                  "}\n"                                                                                                             \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),     \
-                   "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),          \
-                   "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),         \
-                   "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),         \
-                   "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),         \
-                   "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),         \
-                   "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),         \
-                   "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                       \
+                 : CPL_MMA_OUT32(d, 0), CPL_MMA_OUT32(d, 32)                                                                       \
                  : "l"(a), "l"(b), "r"(add))
 
 /* d [64,128] of this warpgroup (+)= a [64,16] b [16,128]; element 4 j + 2 i + k of d is row 16 warp + lane/4 + 8 i, column
@@ -116,5 +121,62 @@ template <typename T, bool BY_ROWS> __device__ __forceinline__ void mma(float (&
     }
 }
 #undef CPL_MMA
+
+#define CPL_MMA_KEPT(types)                                                                                                        \
+    asm volatile("{\n"                                                                                                             \
+                 ".reg .pred add;\n"                                                                                               \
+                 "setp.ne.b32 add, %37, 0;\n"                                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" CPL_MMA_32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n"  \
+                 "}\n"                                                                                                             \
+                 : CPL_MMA_OUT32(d, 0)                                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+
+/* d [64,64] (+)= a [64,16] b [16,64], a in registers: word 2 j + i is row 16 warp + lane/4 + 8 i, columns 8 j + 2 (lane % 4) + 0,
+ * 1, which is how d is held; b by rows of 64 columns. */
+template <typename T> __device__ __forceinline__ void mma_kept(float (&d)[32], const uint32_t *a, uint64_t b, int add) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        CPL_MMA_KEPT("bf16.bf16");
+    } else {
+        CPL_MMA_KEPT("f16.f16");
+    }
+}
+#undef CPL_MMA_KEPT
+
+#define CPL_MMA_ACROSS(types)                                                                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" CPL_MMA_32 "}, %32, %33, 1, 1, 1, 1, 1;"                 \
+                 : CPL_MMA_OUT32(d, 0)                                                                                             \
+                 : "l"(a), "l"(b))
+
+/* d [64,64] += a^T b, a [16,64] and b [16,64] by rows of 64 columns. */
+template <typename T> __device__ __forceinline__ void mma_across(float (&d)[32], uint64_t a, uint64_t b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        CPL_MMA_ACROSS("bf16.bf16");
+    } else {
+        CPL_MMA_ACROSS("f16.f16");
+    }
+}
+#undef CPL_MMA_ACROSS
+#undef CPL_MMA_32
+#undef CPL_MMA_OUT32
+#undef CPL_MMA_OUT8
+
+/* Four 8 x 8 tiles of 16-bit values, as d is held, to shared memory: lane 8 q + r brings the address of row r of tile q. */
+__device__ __forceinline__ void tiles_store(void *at, const uint32_t *x) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(at)), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
+/* A pair of 16-bit values in a word. */
+template <typename T> __device__ __forceinline__ float2 unpack(uint32_t word) {
+    words<T> x;
+    x.at[0] = word;
+    return make_float2(x.f32(0), x.f32(1));
+}
+template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b) {
+    words<T> x;
+    x.set(0, a, b);
+    return x.at[0];
+}
 
 #endif
