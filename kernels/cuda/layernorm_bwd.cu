@@ -126,19 +126,21 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2)
     if (row >= 0) {
         next.read(row, C, column, dy, dres, x, mean, rstd);
     }
-    for (; row >= 0; row -= stride, turn ^= 1) {
+    for (; row + group >= 0; row -= stride, turn ^= 1) { /* as often in every group, though the last time some have no row */
         own = next;
         if (row >= stride) {
             next.read(row - stride, C, column, dy, dres, x, mean, rstd);
         }
         float a = 0, c = 0;
+        if (row >= 0) {
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            float d = own.up.f32(j), hat = own.hat(j), t = gain.f32(j) * d;
-            a += t;
-            c = fmaf(t, hat, c);
-            sum[0][j] = fmaf(d, hat, sum[0][j]);
-            sum[1][j] += d;
+            for (int j = 0; j < N; j++) {
+                float d = own.up.f32(j), hat = own.hat(j), t = gain.f32(j) * d;
+                a += t;
+                c = fmaf(t, hat, c);
+                sum[0][j] = fmaf(d, hat, sum[0][j]);
+                sum[1][j] += d;
+            }
         }
         a = warp_sum(a);
         c = warp_sum(c);
@@ -146,6 +148,9 @@ __global__ void __launch_bounds__(WIDE_THREADS, 2)
             parts[turn][threadIdx.x / 32] = make_float2(a, c);
         }
         asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(across) : "memory"); /* of this group alone */
+        if (row < 0) {
+            break;
+        }
         a = c = 0;
 #pragma unroll 1
         for (int w = group * warps; w < (group + 1) * warps; w++) {
@@ -266,8 +271,7 @@ static bool backward_wide(cpl_device *dev, int pieces, T *dx, float *partial, bo
     }
     int across = (int)(C / N), threads = WIDE_THREADS / across * across;
     size_t shared = 3 * (size_t)threads * N * sizeof(float);
-    (biased ? backward_wide_kernel<T, N, 3>
-            : backward_wide_kernel<T, N, 2>)<<<pieces, threads, shared, cpl_cuda_stream(dev)>>>(
+    (biased ? backward_wide_kernel<T, N, 3> : backward_wide_kernel<T, N, 2>)<<<pieces, threads, shared, cpl_cuda_stream(dev)>>>(
         dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
     return true;
 }
