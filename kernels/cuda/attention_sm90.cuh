@@ -12,44 +12,64 @@ namespace {
 
 enum { BLOCK = CPL_ATTENTION_SM90_BLOCK, HEAD = 64, GROUP = 128, THREADS = 3 * GROUP, BOX = BLOCK * HEAD * 2, HALF_BOX = BOX / 2 };
 enum { STAGES = 3, WARPS = 2 * GROUP / 32, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 };
-enum { ROWS_16 = 16 * HEAD * 2, COLUMNS_16 = 32 }; /* bytes from 16 rows or columns of a box to the next */
+enum { ROWS_16 = 16 * HEAD * 2 / 16, COLUMNS_16 = 16 * 2 / 16 }; /* of an operand: from 16 rows or columns of a box to the next */
 static_assert(HEAD == (int)CPL_BOX_COLUMNS, "a row of a head is a row of a box");
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct pair_of_boxes {
     unsigned char first[BOX], second[BOX];
 };
-/* Own block b of queries has b + 1 other blocks, of keys n - b: blocks n-1-b and b are one piece of work, so that all are alike. */
-struct piece {
-    int head, pair, count, blocks;
-    __device__ __forceinline__ piece(int number, int of_blocks) : blocks(of_blocks) {
-        int pairs = (blocks + 1) / 2;
-        head = number / pairs;
-        pair = number % pairs;
-        count = 2 * pair + 1 == blocks ? 1 : 2;
-    }
-    __device__ __forceinline__ int block(int i) const { return i == 0 ? blocks - 1 - pair : pair; }
-};
-/* Use number n of buffers that take turns: who fills it waits for the readers of the use before, who reads it for its filler. */
-template <int TURNS> __device__ __forceinline__ void wait_empty(uint64_t (&empty)[TURNS], int n) {
-    barrier_wait(&empty[n % TURNS], (n / TURNS & 1) ^ 1);
-}
-template <int TURNS> __device__ __forceinline__ void wait_full(uint64_t (&full)[TURNS], int n) {
-    barrier_wait(&full[n % TURNS], n / TURNS & 1);
+
+/* The thread's warpgroup among those that multiply; the same in all its lanes, which the compiler is told so. */
+__device__ __forceinline__ int group_of_thread() {
+    return __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0) - 1;
 }
 
+/* Pieces of work: of a head, own blocks n-1-pair and pair. Own block b of queries has b + 1 other blocks, of keys n - b, so that
+ * all pieces are alike. A thread block takes one after another, gridDim.x apart. */
+struct piece {
+    int b, h, pair;
+    __device__ __forceinline__ piece(int number, int H, int blocks) {
+        int pairs = (blocks + 1) / 2;
+        pair = number % pairs;
+        h = number / pairs % H;
+        b = number / pairs / H;
+    }
+    __device__ __forceinline__ void advance(const piece &by, int H, int blocks) {
+        int pairs = (blocks + 1) / 2;
+        pair += by.pair;
+        h += by.h + (pair >= pairs);
+        b += by.b + (h >= H);
+        pair -= pair >= pairs ? pairs : 0;
+        h -= h >= H ? H : 0;
+    }
+    __device__ __forceinline__ int count(int blocks) const { return 2 * pair + 1 == blocks ? 1 : 2; }
+    __device__ __forceinline__ int block(int i, int blocks) const { return i == 0 ? blocks - 1 - pair : pair; }
+};
+
+/* Buffers that take turns. Who fills one waits for the readers of the time before, who reads it for its filler. */
+template <int N> struct ring {
+    int at = 0, phase = 0;
+    __device__ __forceinline__ void advance() {
+        at = at + 1 < N ? at + 1 : 0;
+        phase ^= at == 0;
+    }
+    __device__ __forceinline__ void wait_empty(uint64_t (&empty)[N]) const { barrier_wait(&empty[at], phase ^ 1); }
+    __device__ __forceinline__ void wait_full(uint64_t (&full)[N]) const { barrier_wait(&full[at], phase); }
+};
 __device__ __forceinline__ void let_go(uint64_t *empty) {
     if (threadIdx.x % 32 == 0) {
         barrier_arrive(empty);
     }
 }
+
 /* s = own other^T: this warpgroup's rows of a box, and a whole one. */
 template <typename T>
 __device__ __forceinline__ void multiply_first(float (&s)[64], const unsigned char *own, const unsigned char *other, int group) {
+    uint64_t a = operand(own + group * HALF_BOX, 16, 1024), b = operand(other, 16, 1024);
 #pragma unroll
     for (int step = 0; step < HEAD / 16; step++) {
-        mma<T, false>(s, operand(own + group * HALF_BOX + step * COLUMNS_16, 16, 1024),
-                      operand(other + step * COLUMNS_16, 16, 1024), step > 0);
+        mma<T, false>(s, a + step * COLUMNS_16, b + step * COLUMNS_16, step > 0);
     }
     mma_commit();
 }
@@ -58,9 +78,10 @@ __device__ __forceinline__ void multiply_first(float (&s)[64], const unsigned ch
 template <typename T>
 __device__ __forceinline__ void multiply_second(float (&d)[32], const uint32_t (&left)[32], const unsigned char *other,
                                                 bool fresh) {
+    uint64_t b = operand(other, 16, 1024);
 #pragma unroll
     for (int step = 0; step < BLOCK / 16; step++) {
-        mma_kept<T>(d, &left[4 * step], operand(other + step * ROWS_16, 16, 1024), !fresh || step > 0);
+        mma_kept<T>(d, &left[4 * step], b + step * ROWS_16, !fresh || step > 0);
     }
 }
 
@@ -70,12 +91,11 @@ template <typename T> __device__ __forceinline__ void put(T *to, int64_t stride,
     int lane = threadIdx.x % 32;
     to += (threadIdx.x % GROUP / 32 * 16 + lane / 4) * stride + lane % 4 * 2;
 #pragma unroll
-    for (int c = 0; c < 8; c++) {
+    for (int r = 0; r < 2; r++, to += 8 * stride) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int c = 0; c < 8; c++) {
             float factor = r == 0 ? scale : scale8;
-            *reinterpret_cast<uint32_t *>(to + 8 * r * stride + 8 * c) =
-                pack<T>(factor * x[4 * c + 2 * r], factor * x[4 * c + 2 * r + 1]);
+            *reinterpret_cast<uint32_t *>(to + 8 * c) = pack<T>(factor * x[4 * c + 2 * r], factor * x[4 * c + 2 * r + 1]);
         }
     }
 }

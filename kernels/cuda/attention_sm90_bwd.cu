@@ -7,15 +7,26 @@
  *            own rows  other rows   s = own1 other1^T     t = own2 other2^T
  *   dq       q, dout   k, v         p = 2^(s - lse)       ds = p (t - delta)    dq = ds k / sqrt(D)
  *   dk, dv   k, v      q, dout      p^T                   ds^T                  dk = ds^T q / sqrt(D), dv = p^T dout
- * Two warpgroups have 64 own rows each and know nothing of one another; while one has its probabilities made the other keeps the
- * tensor cores busy. p and ds stay in registers, as left operands of the second products. A third warpgroup sends for the operands.
- */
+ * Two warpgroups have 64 own rows each and know nothing of one another. p and ds stay in registers, as left operands of the second
+ * products. A third warpgroup sends for the operands. */
 
 namespace {
 
+/* shift = log2(e) lse and delta = sum over D of dout out of a block of queries, in the order in which the threads have columns:
+ * lane % 4 has 8 j + 2 (lane % 4) + k at 2 j + k. LANE: a stride without bank conflicts. */
+enum { LANE = 36, ROWS_OF_BLOCK = 4 * LANE };
+struct of_queries {
+    float shift[ROWS_OF_BLOCK], delta[ROWS_OF_BLOCK];
+};
+static_assert(sizeof(of_queries) / sizeof(float) == CPL_ATTENTION_SM90_FLOATS, "what is foretold");
+__device__ __forceinline__ int place_of_row(int row) {
+    return row % 8 / 2 * LANE + row / 8 * 2 + row % 2;
+}
+
 struct stage {
     pair_of_boxes other;
-    float shift[BLOCK], delta[BLOCK]; /* of queries */
+    of_queries rows;
+    unsigned char unused[1024 - sizeof(of_queries) % 1024]; /* boxes begin at multiples of 1024 */
 };
 struct shared_memory {
     pair_of_boxes own[2];
@@ -26,7 +37,7 @@ struct shared_memory {
 struct problem {
     int pieces, H, blocks; /* blocks of a head */
     float scale;
-    const float *shift, *delta; /* [B,H,T]: log2(e) lse; sum over D of dout out */
+    const of_queries *rows; /* [B,H,blocks] */
     void *dqkv;
 };
 struct maps {
@@ -41,10 +52,10 @@ template <bool KEYS> __device__ __forceinline__ int other_of(int block, int i) {
     return KEYS ? block + i : block - i;
 }
 
-/* shift and delta [B,H,T]; eight lanes a row. */
+/* Eight lanes a row. */
 template <typename T>
 __global__ void __launch_bounds__(256)
-    rows_kernel(float *shift, float *delta, const T *dout, const T *out, const float *lse, int64_t count, int tokens, int H) {
+    rows_kernel(of_queries *rows, const T *dout, const T *out, const float *lse, int64_t count, int tokens, int H) {
     int64_t row = blockIdx.x * (int64_t)32 + threadIdx.x / 8;
     float sum = 0;
     if (row < count) {
@@ -60,8 +71,10 @@ __global__ void __launch_bounds__(256)
         sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     }
     if (threadIdx.x % 8 == 0 && row < count) {
-        shift[row] = LOG2_E * lse[row];
-        delta[row] = sum;
+        of_queries &to = rows[row / BLOCK];
+        int place = place_of_row((int)(row % BLOCK));
+        to.shift[place] = LOG2_E * lse[row];
+        to.delta[place] = sum;
     }
 }
 
@@ -77,26 +90,26 @@ __device__ __forceinline__ void load_block(pair_of_boxes &to, const maps &map, u
 }
 
 template <bool KEYS> __device__ void produce(shared_memory &m, const maps &map, const problem &p) {
-    int step = 0, turn = 0, C = p.H * HEAD;
-    for (int number = blockIdx.x; number < p.pieces; number += gridDim.x) {
-        piece work(number, p.blocks);
-        int first = work.head / p.H * p.blocks, column = work.head % p.H * HEAD;
-        for (int part = 0; part < work.count; part++, turn++) {
-            int own = work.block(part), count = others<KEYS>(own, p.blocks);
-            wait_empty(m.own_empty, turn);
-            barrier_expect(&m.own_full[turn % 2], 2 * BOX);
-            load_block<KEYS>(m.own[turn % 2], map, &m.own_full[turn % 2], (first + own) * BLOCK, column, C);
-            for (int i = 0; i < count; i++, step++) {
+    int C = p.H * HEAD;
+    ring<2> use;
+    ring<STAGES> step;
+    piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
+    for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
+        int first = work.b * p.blocks, column = work.h * HEAD, count = work.count(p.blocks);
+        for (int part = 0; part < count; part++, use.advance()) {
+            int own = work.block(part, p.blocks), steps = others<KEYS>(own, p.blocks);
+            use.wait_empty(m.own_empty);
+            barrier_expect(&m.own_full[use.at], 2 * BOX);
+            load_block<KEYS>(m.own[use.at], map, &m.own_full[use.at], (first + own) * BLOCK, column, C);
+            for (int i = 0; i < steps; i++, step.advance()) {
                 int other = other_of<KEYS>(own, i);
-                stage &to = m.stages[step % STAGES];
-                uint64_t *full = &m.full[step % STAGES];
-                wait_empty(m.empty, step);
-                barrier_expect(full, 2 * BOX + (KEYS ? 2 * (int)sizeof to.shift : 0));
+                stage &to = m.stages[step.at];
+                uint64_t *full = &m.full[step.at];
+                step.wait_empty(m.empty);
+                barrier_expect(full, 2 * BOX + (KEYS ? (int)sizeof to.rows : 0));
                 load_block<!KEYS>(to.other, map, full, (first + other) * BLOCK, column, C);
                 if (KEYS) {
-                    int64_t row = ((int64_t)work.head * p.blocks + other) * BLOCK;
-                    bytes_load(to.shift, p.shift + row, sizeof to.shift, full);
-                    bytes_load(to.delta, p.delta + row, sizeof to.delta, full);
+                    bytes_load(&to.rows, p.rows + (work.b * p.H + work.h) * p.blocks + other, sizeof to.rows, full);
                 }
             }
         }
@@ -109,77 +122,84 @@ template <typename T, bool KEYS> struct consumer {
     int group;
     float own_shift[2], own_delta[2]; /* of queries, where they are the own rows: of rows lane / 4 and + 8 */
 
-    /* Whether element 4 j + 2 r + k of a block on the diagonal is a key after its query. */
-    __device__ __forceinline__ bool is_future(int j, int r, int k) const {
-        int row = group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r,
-            column = 8 * j + threadIdx.x % 4 * 2 + k;
-        return KEYS ? row > column : column > row;
-    }
-    /* Those of columns 8 j + 2 (lane % 4) and the next. */
-    static __device__ __forceinline__ float2 pair_of(const float *x, int j) {
-        return KEYS ? *reinterpret_cast<const float2 *>(x + 8 * j + threadIdx.x % 4 * 2) : float2{};
-    }
-    /* s becomes p. DIAGONAL: with keys after their query left out, by selection. */
-    template <bool DIAGONAL> __device__ __forceinline__ void probabilities(float (&s)[64], const stage &from, float scale2) const {
+    /* p, for keys, and ds as left operands, from columns [8 FROM, 8 TO) of s and t; DONE: the first of s are p already. DIAGONAL:
+     * keys after their query are left out, by selection. */
+    template <bool DIAGONAL>
+    __device__ __forceinline__ void probabilities(float (&s)[64], const of_queries &rows, int from, int to) const {
+        int ahead = (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2;
+        float scale2 = p.scale * LOG2_E;
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
-            float2 of_columns = pair_of(from.shift, j);
+        for (int j = from; j < to; j += 2) {
+            float4 of_columns =
+                KEYS ? *reinterpret_cast<const float4 *>(rows.shift + threadIdx.x % 4 * LANE + 2 * j) : float4{0, 0, 0, 0};
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float shift = KEYS ? (e % 2 == 0 ? of_columns.x : of_columns.y) : own_shift[e / 2];
+            for (int e = 0; e < 8; e++) {
+                float shift = !KEYS        ? own_shift[e % 4 / 2]
+                              : e / 4 == 0 ? (e % 2 == 0 ? of_columns.x : of_columns.y)
+                                           : (e % 2 == 0 ? of_columns.z : of_columns.w);
                 float x = exp2_fast(fmaf(s[4 * j + e], scale2, -shift));
-                s[4 * j + e] = DIAGONAL && is_future(j, e / 2, e % 2) ? 0.0f : x;
+                int row_ahead = ahead + 8 * (e % 4 / 2) - 8 * (j + e / 4) - e % 2; /* of its column */
+                s[4 * j + e] = DIAGONAL && (KEYS ? row_ahead > 0 : row_ahead < 0) ? 0.0f : x;
             }
         }
     }
-    /* p as a left operand, for keys, and ds from p and t. */
     template <bool DIAGONAL>
-    __device__ __forceinline__ void gradients(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], const float (&s)[64],
-                                              const float (&t)[64], const stage &from) const {
+    __device__ __forceinline__ void gradients(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], float (&s)[64], const float (&t)[64],
+                                              const of_queries &rows) const {
+        int ahead = (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
-            float2 of_columns = pair_of(from.delta, j);
+        for (int j = 0; j < 16; j += 2) {
+            float4 of_columns =
+                KEYS ? *reinterpret_cast<const float4 *>(rows.delta + threadIdx.x % 4 * LANE + 2 * j) : float4{0, 0, 0, 0};
+            if (j >= EARLY) {
+                probabilities<DIAGONAL>(s, rows, j, j + 2);
+            }
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
+            for (int e = 0; e < 8; e += 2) {
                 float ds[2];
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    int at = 4 * j + 2 * r + k;
-                    float delta = KEYS ? (k == 0 ? of_columns.x : of_columns.y) : own_delta[r];
-                    ds[k] = s[at] * (t[at] - delta);
-                    ds[k] = DIAGONAL && is_future(j, r, k) ? 0.0f : ds[k];
+                    float delta = !KEYS        ? own_delta[e % 4 / 2]
+                                  : e / 4 == 0 ? (k == 0 ? of_columns.x : of_columns.y)
+                                               : (k == 0 ? of_columns.z : of_columns.w);
+                    int row_ahead = ahead + 8 * (e % 4 / 2) - 8 * (j + e / 4) - k;
+                    ds[k] = s[4 * j + e + k] * (t[4 * j + e + k] - delta);
+                    ds[k] = DIAGONAL && (KEYS ? row_ahead > 0 : row_ahead < 0) ? 0.0f : ds[k];
                 }
                 if (KEYS) {
-                    left_p[2 * j + r] = pack<T>(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+                    left_p[2 * j + e / 2] = pack<T>(s[4 * j + e], s[4 * j + e + 1]);
                 }
-                left_ds[2 * j + r] = pack<T>(ds[0], ds[1]);
+                left_ds[2 * j + e / 2] = pack<T>(ds[0], ds[1]);
             }
         }
     }
+    enum { EARLY = 6 }; /* eighths of 16 columns of s that are worked on while t is not there yet */
+
+    /* Both, behind the first products: s, then t. */
+    template <bool DIAGONAL>
+    __device__ __forceinline__ void left_operands(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], float (&s)[64], float (&t)[64],
+                                                  const of_queries &rows) const {
+        probabilities<DIAGONAL>(s, rows, 0, EARLY);
+        mma_settled(s); /* not later */
+        mma_wait<0>();
+        mma_settled(t);
+        gradients<DIAGONAL>(left_p, left_ds, s, t, rows);
+    }
 
     /* One other block. d1: dq or dk; d2: dv. */
-    __device__ __forceinline__ void block(float (&d1)[32], float (&d2)[32], const pair_of_boxes &own, int step, bool first) const {
-        const stage &from = m.stages[step % STAGES];
-        float s[64], t[64], scale2 = p.scale * LOG2_E;
+    __device__ __forceinline__ void block(float (&d1)[32], float (&d2)[32], const pair_of_boxes &own, const stage &from,
+                                          bool first) {
+        float s[64], t[64];
         uint32_t left_p[32], left_ds[32];
-        wait_full(m.full, step);
         mma_fence();
         multiply_first<T>(s, own.first, from.other.first, group);
         multiply_first<T>(t, own.second, from.other.second, group);
-        mma_wait<1>(); /* s, and the last product with the block before */
-        if (!first) {
-            let_go(&m.empty[(step - 1) % STAGES]);
-        }
+        mma_wait<1>();
+        mma_settled(s);
         if (first) {
-            probabilities<true>(s, from, scale2);
+            left_operands<true>(left_p, left_ds, s, t, from.rows);
         } else {
-            probabilities<false>(s, from, scale2);
-        }
-        mma_wait<0>();
-        if (first) {
-            gradients<true>(left_p, left_ds, s, t, from);
-        } else {
-            gradients<false>(left_p, left_ds, s, t, from);
+            left_operands<false>(left_p, left_ds, s, t, from.rows);
         }
         mma_fence();
         if (KEYS) {
@@ -192,30 +212,35 @@ template <typename T, bool KEYS> struct consumer {
 
     __device__ __forceinline__ void run() {
         float d1[32], d2[32];
-        int step = 0, turn = 0;
-        int64_t C = (int64_t)p.H * HEAD;
-        for (int number = blockIdx.x; number < p.pieces; number += gridDim.x) {
-            piece work(number, p.blocks);
-            for (int part = 0; part < work.count; part++, turn++) {
-                int own = work.block(part), count = others<KEYS>(own, p.blocks);
-                int64_t row = (int64_t)own * BLOCK + group * HEAD, rows = (int64_t)work.head / p.H * p.blocks * BLOCK;
+        int C = p.H * HEAD;
+        ring<2> use;
+        ring<STAGES> step;
+        piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
+        for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
+            int count = work.count(p.blocks);
+            for (int part = 0; part < count; part++, use.advance()) {
+                int own = work.block(part, p.blocks), steps = others<KEYS>(own, p.blocks);
                 if (!KEYS) {
-                    int64_t at = (int64_t)work.head * p.blocks * BLOCK + row + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
-                    own_shift[0] = p.shift[at];
-                    own_shift[1] = p.shift[at + 8];
-                    own_delta[0] = p.delta[at];
-                    own_delta[1] = p.delta[at + 8];
+                    const of_queries &from = p.rows[(work.b * p.H + work.h) * p.blocks + own];
+                    int place = place_of_row(group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4);
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        own_shift[r] = from.shift[place + 2 * r];
+                        own_delta[r] = from.delta[place + 2 * r];
+                    }
                 }
-                wait_full(m.own_full, turn);
-                for (int i = 0; i < count; i++, step++) {
-                    block(d1, d2, m.own[turn % 2], step, i == 0);
+                use.wait_full(m.own_full);
+                for (int i = 0; i < steps; i++, step.advance()) {
+                    step.wait_full(m.full);
+                    block(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
+                    let_go(&m.empty[step.at]);
                 }
-                mma_wait<0>();
-                let_go(&m.empty[(step - 1) % STAGES]);
-                let_go(&m.own_empty[turn % 2]);
-                T *to = (T *)p.dqkv + (rows + row) * 3 * C + work.head % p.H * HEAD;
+                let_go(&m.own_empty[use.at]);
+                mma_settled(d1);
+                T *to = (T *)p.dqkv + (int64_t)((work.b * p.blocks + own) * BLOCK + group * HEAD) * 3 * C + work.h * HEAD;
                 put<T>(to + (KEYS ? C : 0), 3 * C, d1, p.scale, p.scale);
                 if (KEYS) {
+                    mma_settled(d2);
                     put<T>(to + 2 * C, 3 * C, d2, 1.0f, 1.0f);
                 }
             }
@@ -231,28 +256,28 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         barriers_init(m);
     }
     __syncthreads();
-    if (threadIdx.x < GROUP) {
+    int group = group_of_thread();
+    if (group < 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
         if (threadIdx.x == 0) {
             produce<KEYS>(m, map, p);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
-        consumer<T, KEYS>{m, p, (int)threadIdx.x / GROUP - 1, {}, {}}.run();
+        consumer<T, KEYS>{m, p, group, {}, {}}.run();
     }
 }
 
 template <typename T>
-cpl_status backward(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x, float *shift) {
+cpl_status backward(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x, of_queries *rows) {
     maps map;
     cpl_status st = CPL_OK;
     int64_t count = s->B * s->H * s->T;
-    float *delta = shift + count;
-    const problem p = {pieces_of(s), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), shift, delta, x->dqkv};
+    const problem p = {pieces_of(s), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, x->dqkv};
     CPL_TRY(cpl_tensor_map(&map.qkv, s->dt, x->qkv, s->B * s->T, 3 * s->H * HEAD, BLOCK));
     CPL_TRY(cpl_tensor_map(&map.dout, s->dt, x->dout, s->B * s->T, s->H * HEAD, BLOCK));
-    rows_kernel<T><<<(unsigned)cpl_ceil_div(count, 32), 256, 0, cpl_cuda_stream(dev)>>>(
-        shift, delta, (const T *)x->dout, (const T *)x->out, x->lse, count, (int)s->T, (int)s->H);
+    rows_kernel<T><<<(unsigned)cpl_ceil_div(count, 32), 256, 0, cpl_cuda_stream(dev)>>>(rows, (const T *)x->dout, (const T *)x->out,
+                                                                                        x->lse, count, (int)s->T, (int)s->H);
     CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, true>, "attention_bwd", p.pieces, map, p)));
     CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, false>, "attention_bwd", p.pieces, map, p)));
 done:
@@ -267,10 +292,10 @@ extern "C" bool cpl_attention_sm90_usable(const cpl_device *dev, const cpl_atten
 }
 
 extern "C" cpl_status cpl_attention_sm90_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x) {
-    float *shift = nullptr;
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, cpl_attention_sm90_scratch(s), &shift);
+    of_queries *rows = nullptr;
+    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, cpl_attention_sm90_scratch(s), &rows);
     if (st != CPL_OK) {
         return st;
     }
-    return s->dt == CPL_BF16 ? backward<__nv_bfloat16>(dev, s, x, shift) : backward<__half>(dev, s, x, shift);
+    return s->dt == CPL_BF16 ? backward<__nv_bfloat16>(dev, s, x, rows) : backward<__half>(dev, s, x, rows);
 }

@@ -3,7 +3,7 @@
  * Refuses to let a score in the future reach a result, whatever it is. */
 #include "kernels/cuda/attention_sm90.cuh"
 
-/* Two warpgroups have 64 queries each and go over the blocks of keys, the one on the diagonal first, with a running maximum; a
+/* Two warpgroups have 64 queries each and go over the blocks of keys, the one on the diagonal first, with a running maximum. A
  * third one sends for the operands. */
 
 namespace {
@@ -24,19 +24,21 @@ struct problem {
 };
 
 __device__ void produce(shared_memory &m, const CUtensorMap &qkv, const problem &p) {
-    int step = 0, turn = 0, C = p.H * HEAD;
-    for (int number = blockIdx.x; number < p.pieces; number += gridDim.x) {
-        piece work(number, p.blocks);
-        int first = work.head / p.H * p.blocks, column = work.head % p.H * HEAD;
-        for (int part = 0; part < work.count; part++, turn++) {
-            int own = work.block(part);
-            wait_empty(m.own_empty, turn);
-            barrier_expect(&m.own_full[turn % 2], BOX);
-            box_load(m.q[turn % 2], &qkv, &m.own_full[turn % 2], column, (first + own) * BLOCK);
-            for (int other = own; other >= 0; other--, step++) {
-                pair_of_boxes &to = m.stages[step % STAGES];
-                uint64_t *full = &m.full[step % STAGES];
-                wait_empty(m.empty, step);
+    int C = p.H * HEAD;
+    ring<2> use;
+    ring<STAGES> step;
+    piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
+    for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
+        int first = work.b * p.blocks, column = work.h * HEAD, count = work.count(p.blocks);
+        for (int part = 0; part < count; part++, use.advance()) {
+            int own = work.block(part, p.blocks);
+            use.wait_empty(m.own_empty);
+            barrier_expect(&m.own_full[use.at], BOX);
+            box_load(m.q[use.at], &qkv, &m.own_full[use.at], column, (first + own) * BLOCK);
+            for (int other = own; other >= 0; other--, step.advance()) {
+                pair_of_boxes &to = m.stages[step.at];
+                uint64_t *full = &m.full[step.at];
+                step.wait_empty(m.empty);
                 barrier_expect(full, 2 * BOX);
                 box_load(to.first, &qkv, full, C + column, (first + other) * BLOCK);
                 box_load(to.second, &qkv, full, 2 * C + column, (first + other) * BLOCK);
@@ -51,57 +53,64 @@ template <typename T> struct consumer {
     int group;
     float top[2], sum[2]; /* of rows lane / 4 and + 8 of a warp's; sum: of this lane's columns */
 
-    /* s becomes p as a left operand; what was added up before is scaled down to the new maximum. FIRST: the block on the diagonal,
-     * with nothing before it. */
-    template <bool FIRST> __device__ __forceinline__ void softmax(uint32_t (&left)[32], float (&s)[64], float (&o)[32]) {
+    /* s becomes p over the maximum so far; keep: what is left of sums over the one before. FIRST: the block on the diagonal, with
+     * nothing before it. */
+    template <bool FIRST> __device__ __forceinline__ void softmax(float (&s)[64], float (&keep)[2]) {
         int ahead = threadIdx.x % 4 * 2 - (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float high = FIRST ? -INFINITY : top[r], part = 0;
+            float high[4] = {FIRST ? -INFINITY : top[r], -INFINITY, -INFINITY, -INFINITY}, part[2] = {};
 #pragma unroll
             for (int j = 0; j < 16; j++) {
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     float &x = s[4 * j + 2 * r + k];
                     x = FIRST && ahead + 8 * j + k > 8 * r ? -INFINITY : x; /* a key after its query */
-                    high = fmaxf(high, x);
+                    high[2 * (j % 2) + k] = fmaxf(high[2 * (j % 2) + k], x);
                 }
             }
-            high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
-            high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-            float shift = high * p.scale2, keep = FIRST ? 0.0f : exp2_fast(fmaf(top[r], p.scale2, -shift));
+            high[0] = fmaxf(fmaxf(high[0], high[1]), fmaxf(high[2], high[3]));
+            high[0] = fmaxf(high[0], __shfl_xor_sync(0xffffffffu, high[0], 1));
+            high[0] = fmaxf(high[0], __shfl_xor_sync(0xffffffffu, high[0], 2));
+            float shift = high[0] * p.scale2;
+            keep[r] = FIRST ? 0.0f : exp2_fast(fmaf(top[r], p.scale2, -shift));
 #pragma unroll
             for (int j = 0; j < 16; j++) {
                 float x0 = exp2_fast(fmaf(s[4 * j + 2 * r], p.scale2, -shift));
                 float x1 = exp2_fast(fmaf(s[4 * j + 2 * r + 1], p.scale2, -shift));
-                part += x0 + x1;
-                left[2 * j + r] = pack<T>(x0, x1);
+                part[0] += x0;
+                part[1] += x1;
+                s[4 * j + 2 * r] = x0;
+                s[4 * j + 2 * r + 1] = x1;
             }
-            top[r] = high;
-            sum[r] = FIRST ? part : fmaf(sum[r], keep, part);
-            if (!FIRST) {
-#pragma unroll
-                for (int c = 0; c < 8; c++) {
-                    o[4 * c + 2 * r] *= keep;
-                    o[4 * c + 2 * r + 1] *= keep;
-                }
-            }
+            top[r] = high[0];
+            sum[r] = FIRST ? part[0] + part[1] : fmaf(sum[r], keep[r], part[0] + part[1]);
         }
     }
 
-    __device__ __forceinline__ void block(float (&o)[32], const unsigned char *q, int step, bool first) {
-        const pair_of_boxes &from = m.stages[step % STAGES];
-        float s[64];
+    /* One block of keys; first: the one on the diagonal. `before` is let go, if there is one. */
+    __device__ __forceinline__ void block(float (&o)[32], const unsigned char *q, const pair_of_boxes &from, uint64_t *before,
+                                          bool first) {
+        float s[64], keep[2];
         uint32_t left[32];
-        wait_full(m.full, step);
         mma_fence();
         multiply_first<T>(s, q, from.first, group);
-        mma_wait<0>();
+        mma_wait<0>(); /* for the second product with the block before, too */
+        mma_settled(s);
+        mma_settled(o);
         if (first) {
-            softmax<true>(left, s, o);
+            softmax<true>(s, keep);
         } else {
-            let_go(&m.empty[(step - 1) % STAGES]);
-            softmax<false>(left, s, o);
+            let_go(before);
+            softmax<false>(s, keep);
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                o[i] *= keep[i / 2 % 2];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            left[i] = pack<T>(s[2 * i], s[2 * i + 1]);
         }
         mma_fence();
         multiply_second<T>(o, left, from.second, first);
@@ -110,21 +119,27 @@ template <typename T> struct consumer {
 
     __device__ __forceinline__ void run() {
         float o[32];
-        int step = 0, turn = 0;
-        int64_t C = (int64_t)p.H * HEAD, T_ = (int64_t)p.blocks * BLOCK;
-        for (int number = blockIdx.x; number < p.pieces; number += gridDim.x) {
-            piece work(number, p.blocks);
-            for (int part = 0; part < work.count; part++, turn++) {
-                int own = work.block(part);
-                int64_t row = (int64_t)own * BLOCK + group * HEAD;
-                wait_full(m.own_full, turn);
-                for (int i = 0; i <= own; i++, step++) {
-                    block(o, m.q[turn % 2], step, i == 0);
+        int C = p.H * HEAD;
+        ring<2> use;
+        ring<STAGES> step;
+        piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
+        for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
+            int count = work.count(p.blocks);
+            for (int part = 0; part < count; part++, use.advance()) {
+                int own = work.block(part, p.blocks), row = own * BLOCK + group * HEAD;
+                uint64_t *before = nullptr;
+                use.wait_full(m.own_full);
+                for (int i = 0; i <= own; i++, step.advance()) {
+                    step.wait_full(m.full);
+                    block(o, m.q[use.at], m.stages[step.at], before, i == 0);
+                    before = &m.empty[step.at];
                 }
                 mma_wait<0>();
-                let_go(&m.empty[(step - 1) % STAGES]);
-                let_go(&m.own_empty[turn % 2]);
-                float *lse = p.lse + work.head * T_ + row + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
+                mma_settled(o);
+                let_go(before);
+                let_go(&m.own_empty[use.at]);
+                float *lse = p.lse + (int64_t)(work.b * p.H + work.h) * p.blocks * BLOCK + row + threadIdx.x % GROUP / 32 * 16 +
+                             threadIdx.x % 32 / 4;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
@@ -133,7 +148,8 @@ template <typename T> struct consumer {
                         lse[8 * r] = fmaf(top[r] * p.scale2, LN_2, logf(sum[r]));
                     }
                 }
-                put<T>((T *)p.out + (work.head / p.H * T_ + row) * C + work.head % p.H * HEAD, C, o, 1.0f / sum[0], 1.0f / sum[1]);
+                T *to = (T *)p.out + (int64_t)(work.b * p.blocks * BLOCK + row) * C + work.h * HEAD;
+                put<T>(to, C, o, 1.0f / sum[0], 1.0f / sum[1]);
             }
         }
     }
@@ -148,14 +164,15 @@ __global__ void __launch_bounds__(THREADS, 1)
         barriers_init(m);
     }
     __syncthreads();
-    if (threadIdx.x < GROUP) {
+    int group = group_of_thread();
+    if (group < 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
         if (threadIdx.x == 0) {
             produce(m, qkv, p);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
-        consumer<T>{m, p, (int)threadIdx.x / GROUP - 1, {}, {}}.run();
+        consumer<T>{m, p, group, {}, {}}.run();
     }
 }
 

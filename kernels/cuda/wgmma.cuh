@@ -86,6 +86,18 @@ template <int BEHIND> __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(BEHIND) : "memory");
 }
 
+/* Behind the wait for products that write or read x: no instruction with x moves before it. */
+template <typename X, int N> __device__ __forceinline__ void mma_settled(X (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if constexpr (std::is_same_v<X, float>) {
+            asm volatile("" : "+f"(x[i])::"memory");
+        } else {
+            asm volatile("" : "+r"(x[i])::"memory");
+        }
+    }
+}
+
 #define CPL_MMA_OUT8(d, i)                                                                                                         \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define CPL_MMA_OUT32(d, i) CPL_MMA_OUT8(d, i), CPL_MMA_OUT8(d, i + 8), CPL_MMA_OUT8(d, i + 16), CPL_MMA_OUT8(d, i + 24)
