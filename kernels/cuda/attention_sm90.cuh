@@ -25,26 +25,43 @@ __device__ __forceinline__ int group_of_thread() {
     return __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0) - 1;
 }
 
-/* Pieces of work: of a head, own blocks n-1-pair and pair. Own block b of queries has b + 1 other blocks, of keys n - b, so that
- * all pieces are alike. A thread block takes one after another, gridDim.x apart. */
-struct piece {
-    int b, h, pair;
-    __device__ __forceinline__ piece(int number, int H, int blocks) {
-        int pairs = (blocks + 1) / 2;
-        pair = number % pairs;
-        h = number / pairs % H;
-        b = number / pairs / H;
+/* An own block, from the thread that sends for it to those that work on it: its head, and how many other blocks it has; 0: no more.
+ */
+struct task {
+    int head, length;
+};
+/* The own blocks that a thread block takes, one after another. They differ in how many other blocks they have, from 1 to all of a
+ * head. Heads are taken by so many at a time that there are about two own blocks a thread block (so few that what they read stays
+ * in the cache); of those heads the longest blocks come first, and the second time round the thread blocks go in reverse. The last
+ * heads are taken together, up to twice as many. */
+struct walk {
+    int heads, blocks, some; /* in all; of a head; heads at a time */
+    int first, here, round;  /* heads [first, first + here) are being taken */
+    task now;
+
+    __device__ __forceinline__ walk(int heads, int blocks) : heads(heads), blocks(blocks), first(0), here(0), round(0) {
+        some = 2 * (int)gridDim.x / blocks;
+        some = some < 1 ? 1 : some;
     }
-    __device__ __forceinline__ void advance(const piece &by, int H, int blocks) {
-        int pairs = (blocks + 1) / 2;
-        pair += by.pair;
-        h += by.h + (pair >= pairs);
-        b += by.b + (h >= H);
-        pair -= pair >= pairs ? pairs : 0;
-        h -= h >= H ? H : 0;
+    __device__ __forceinline__ bool next() {
+        int blk = blockIdx.x, grid = gridDim.x;
+        for (;;) {
+            if (round * grid >= here * blocks) {
+                first += here;
+                here = heads - first < 2 * some ? heads - first : some;
+                round = 0;
+                if (here <= 0) {
+                    return false;
+                }
+            }
+            int at = round * grid + (round % 2 == 0 ? blk : grid - 1 - blk);
+            round++;
+            if (at < here * blocks) {
+                now = {first + at % here, blocks - at / here};
+                return true;
+            }
+        }
     }
-    __device__ __forceinline__ int count(int blocks) const { return 2 * pair + 1 == blocks ? 1 : 2; }
-    __device__ __forceinline__ int block(int i, int blocks) const { return i == 0 ? blocks - 1 - pair : pair; }
 };
 
 /* Buffers that take turns. Who fills one waits for the readers of the time before, who reads it for its filler. */
@@ -100,6 +117,12 @@ template <typename T> __device__ __forceinline__ void put(T *to, int64_t stride,
     }
 }
 
+/* The own block that the barrier of `full` is about, for all who wait for it. */
+__device__ __forceinline__ void hand_over(task *to, const task &now, uint64_t *full, int bytes) {
+    *to = now;
+    barrier_expect(full, bytes);
+}
+
 /* What both kinds of blocks have: m.own_full, own_empty, full, empty. One thread, before all others go on. */
 template <typename M> __device__ __forceinline__ void barriers_init(M &m) {
     for (int n = 0; n < 2; n++) {
@@ -116,14 +139,11 @@ template <typename M> __device__ __forceinline__ void barriers_init(M &m) {
 
 /* --- host --- */
 
-inline int pieces_of(const cpl_attention_shape *s) {
-    return (int)(s->B * s->H * ((s->T / BLOCK + 1) / 2));
-}
-
-/* A block a multiprocessor, with an M at the first multiple of 1024 of its shared memory. */
+/* A thread block a multiprocessor, or one of `blocks` of the problem where those are fewer; with an M at the first multiple of 1024
+ * of its shared memory. */
 template <typename M, typename... Arguments, typename... Values>
-cpl_status launch(cpl_device *dev, void (*kernel)(Arguments...), const char *what, int pieces, const Values &...values) {
-    const int bytes = (int)sizeof(M) + 1024, most = cpl_cuda_of(dev)->sm_count, grid = pieces < most ? pieces : most;
+cpl_status launch(cpl_device *dev, void (*kernel)(Arguments...), const char *what, int blocks, const Values &...values) {
+    const int bytes = (int)sizeof(M) + 1024, most = cpl_cuda_of(dev)->sm_count, grid = blocks < most ? blocks : most;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
         return cpl_cuda_status(error, __FILE__, __LINE__, what);

@@ -31,11 +31,12 @@ struct stage {
 struct shared_memory {
     pair_of_boxes own[2];
     stage stages[STAGES];
+    task tasks[2];
     uint64_t own_full[2], own_empty[2], full[STAGES], empty[STAGES];
 };
 
 struct problem {
-    int pieces, H, blocks; /* blocks of a head */
+    int heads, H, blocks; /* heads of all sequences, of one; blocks of a head */
     float scale;
     const of_queries *rows; /* [B,H,blocks] */
     void *dqkv;
@@ -44,12 +45,12 @@ struct maps {
     CUtensorMap qkv, dout;
 };
 
-template <bool KEYS> __device__ __forceinline__ int others(int block, int blocks) {
-    return KEYS ? blocks - block : block + 1;
+/* The own block with so many other blocks, and the i-th of those: the one on the diagonal comes first. */
+template <bool KEYS> __device__ __forceinline__ int own_of(int length, int blocks) {
+    return KEYS ? blocks - length : length - 1;
 }
-/* The one on the diagonal comes first. */
-template <bool KEYS> __device__ __forceinline__ int other_of(int block, int i) {
-    return KEYS ? block + i : block - i;
+template <bool KEYS> __device__ __forceinline__ int other_of(int own, int i) {
+    return KEYS ? own + i : own - i;
 }
 
 /* Eight lanes a row. */
@@ -93,27 +94,25 @@ template <bool KEYS> __device__ void produce(shared_memory &m, const maps &map, 
     int C = p.H * HEAD;
     ring<2> use;
     ring<STAGES> step;
-    piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
-    for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
-        int first = work.b * p.blocks, column = work.h * HEAD, count = work.count(p.blocks);
-        for (int part = 0; part < count; part++, use.advance()) {
-            int own = work.block(part, p.blocks), steps = others<KEYS>(own, p.blocks);
-            use.wait_empty(m.own_empty);
-            barrier_expect(&m.own_full[use.at], 2 * BOX);
-            load_block<KEYS>(m.own[use.at], map, &m.own_full[use.at], (first + own) * BLOCK, column, C);
-            for (int i = 0; i < steps; i++, step.advance()) {
-                int other = other_of<KEYS>(own, i);
-                stage &to = m.stages[step.at];
-                uint64_t *full = &m.full[step.at];
-                step.wait_empty(m.empty);
-                barrier_expect(full, 2 * BOX + (KEYS ? (int)sizeof to.rows : 0));
-                load_block<!KEYS>(to.other, map, full, (first + other) * BLOCK, column, C);
-                if (KEYS) {
-                    bytes_load(&to.rows, p.rows + (work.b * p.H + work.h) * p.blocks + other, sizeof to.rows, full);
-                }
+    for (walk w(p.heads, p.blocks); w.next(); use.advance()) {
+        int first = w.now.head / p.H * p.blocks, column = w.now.head % p.H * HEAD, own = own_of<KEYS>(w.now.length, p.blocks);
+        use.wait_empty(m.own_empty);
+        hand_over(&m.tasks[use.at], w.now, &m.own_full[use.at], 2 * BOX);
+        load_block<KEYS>(m.own[use.at], map, &m.own_full[use.at], (first + own) * BLOCK, column, C);
+        for (int i = 0; i < w.now.length; i++, step.advance()) {
+            int other = other_of<KEYS>(own, i);
+            stage &to = m.stages[step.at];
+            uint64_t *full = &m.full[step.at];
+            step.wait_empty(m.empty);
+            barrier_expect(full, 2 * BOX + (KEYS ? (int)sizeof to.rows : 0));
+            load_block<!KEYS>(to.other, map, full, (first + other) * BLOCK, column, C);
+            if (KEYS) {
+                bytes_load(&to.rows, p.rows + w.now.head * p.blocks + other, sizeof to.rows, full);
             }
         }
     }
+    use.wait_empty(m.own_empty);
+    hand_over(&m.tasks[use.at], {0, 0}, &m.own_full[use.at], 0);
 }
 
 template <typename T, bool KEYS> struct consumer {
@@ -215,34 +214,35 @@ template <typename T, bool KEYS> struct consumer {
         int C = p.H * HEAD;
         ring<2> use;
         ring<STAGES> step;
-        piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
-        for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
-            int count = work.count(p.blocks);
-            for (int part = 0; part < count; part++, use.advance()) {
-                int own = work.block(part, p.blocks), steps = others<KEYS>(own, p.blocks);
-                if (!KEYS) {
-                    const of_queries &from = p.rows[(work.b * p.H + work.h) * p.blocks + own];
-                    int place = place_of_row(group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4);
+        for (;; use.advance()) {
+            use.wait_full(m.own_full);
+            task now = m.tasks[use.at];
+            if (now.length == 0) {
+                break;
+            }
+            int own = own_of<KEYS>(now.length, p.blocks);
+            if (!KEYS) {
+                const of_queries &from = p.rows[now.head * p.blocks + own];
+                int place = place_of_row(group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4);
 #pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        own_shift[r] = from.shift[place + 2 * r];
-                        own_delta[r] = from.delta[place + 2 * r];
-                    }
+                for (int r = 0; r < 2; r++) {
+                    own_shift[r] = from.shift[place + 2 * r];
+                    own_delta[r] = from.delta[place + 2 * r];
                 }
-                use.wait_full(m.own_full);
-                for (int i = 0; i < steps; i++, step.advance()) {
-                    step.wait_full(m.full);
-                    block(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
-                    let_go(&m.empty[step.at]);
-                }
-                let_go(&m.own_empty[use.at]);
-                mma_settled(d1);
-                T *to = (T *)p.dqkv + (int64_t)((work.b * p.blocks + own) * BLOCK + group * HEAD) * 3 * C + work.h * HEAD;
-                put<T>(to + (KEYS ? C : 0), 3 * C, d1, p.scale, p.scale);
-                if (KEYS) {
-                    mma_settled(d2);
-                    put<T>(to + 2 * C, 3 * C, d2, 1.0f, 1.0f);
-                }
+            }
+            for (int i = 0; i < now.length; i++, step.advance()) {
+                step.wait_full(m.full);
+                block(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
+                let_go(&m.empty[step.at]);
+            }
+            let_go(&m.own_empty[use.at]);
+            int row = (now.head / p.H * p.blocks + own) * BLOCK + group * HEAD;
+            T *to = (T *)p.dqkv + (int64_t)row * 3 * C + now.head % p.H * HEAD;
+            mma_settled(d1);
+            put<T>(to + (KEYS ? C : 0), 3 * C, d1, p.scale, p.scale);
+            if (KEYS) {
+                mma_settled(d2);
+                put<T>(to + 2 * C, 3 * C, d2, 1.0f, 1.0f);
             }
         }
     }
@@ -273,13 +273,13 @@ cpl_status backward(cpl_device *dev, const cpl_attention_shape *s, const cpl_att
     maps map;
     cpl_status st = CPL_OK;
     int64_t count = s->B * s->H * s->T;
-    const problem p = {pieces_of(s), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, x->dqkv};
+    const problem p = {(int)(s->B * s->H), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, x->dqkv};
     CPL_TRY(cpl_tensor_map(&map.qkv, s->dt, x->qkv, s->B * s->T, 3 * s->H * HEAD, BLOCK));
     CPL_TRY(cpl_tensor_map(&map.dout, s->dt, x->dout, s->B * s->T, s->H * HEAD, BLOCK));
     rows_kernel<T><<<(unsigned)cpl_ceil_div(count, 32), 256, 0, cpl_cuda_stream(dev)>>>(rows, (const T *)x->dout, (const T *)x->out,
                                                                                         x->lse, count, (int)s->T, (int)s->H);
-    CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, true>, "attention_bwd", p.pieces, map, p)));
-    CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, false>, "attention_bwd", p.pieces, map, p)));
+    CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, true>, "attention_bwd", p.heads * p.blocks, map, p)));
+    CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, false>, "attention_bwd", p.heads * p.blocks, map, p)));
 done:
     return st;
 }

@@ -13,12 +13,13 @@ constexpr float LN_2 = 0.6931471805599453f;
 struct shared_memory {
     unsigned char q[2][BOX];
     pair_of_boxes stages[STAGES]; /* k, v */
+    task tasks[2];
     uint64_t own_full[2], own_empty[2], full[STAGES], empty[STAGES];
 };
 
 struct problem {
-    int pieces, H, blocks; /* blocks of a head */
-    float scale2;          /* log2(e) / sqrt(D) */
+    int heads, H, blocks; /* heads of all sequences, of one; blocks of a head */
+    float scale2;         /* log2(e) / sqrt(D) */
     void *out;
     float *lse;
 };
@@ -27,24 +28,22 @@ __device__ void produce(shared_memory &m, const CUtensorMap &qkv, const problem 
     int C = p.H * HEAD;
     ring<2> use;
     ring<STAGES> step;
-    piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
-    for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
-        int first = work.b * p.blocks, column = work.h * HEAD, count = work.count(p.blocks);
-        for (int part = 0; part < count; part++, use.advance()) {
-            int own = work.block(part, p.blocks);
-            use.wait_empty(m.own_empty);
-            barrier_expect(&m.own_full[use.at], BOX);
-            box_load(m.q[use.at], &qkv, &m.own_full[use.at], column, (first + own) * BLOCK);
-            for (int other = own; other >= 0; other--, step.advance()) {
-                pair_of_boxes &to = m.stages[step.at];
-                uint64_t *full = &m.full[step.at];
-                step.wait_empty(m.empty);
-                barrier_expect(full, 2 * BOX);
-                box_load(to.first, &qkv, full, C + column, (first + other) * BLOCK);
-                box_load(to.second, &qkv, full, 2 * C + column, (first + other) * BLOCK);
-            }
+    for (walk w(p.heads, p.blocks); w.next(); use.advance()) {
+        int first = w.now.head / p.H * p.blocks, column = w.now.head % p.H * HEAD, own = w.now.length - 1;
+        use.wait_empty(m.own_empty);
+        hand_over(&m.tasks[use.at], w.now, &m.own_full[use.at], BOX);
+        box_load(m.q[use.at], &qkv, &m.own_full[use.at], column, (first + own) * BLOCK);
+        for (int other = own; other >= 0; other--, step.advance()) {
+            pair_of_boxes &to = m.stages[step.at];
+            uint64_t *full = &m.full[step.at];
+            step.wait_empty(m.empty);
+            barrier_expect(full, 2 * BOX);
+            box_load(to.first, &qkv, full, C + column, (first + other) * BLOCK);
+            box_load(to.second, &qkv, full, 2 * C + column, (first + other) * BLOCK);
         }
     }
+    use.wait_empty(m.own_empty);
+    hand_over(&m.tasks[use.at], {0, 0}, &m.own_full[use.at], 0);
 }
 
 template <typename T> struct consumer {
@@ -122,35 +121,34 @@ template <typename T> struct consumer {
         int C = p.H * HEAD;
         ring<2> use;
         ring<STAGES> step;
-        piece work(blockIdx.x, p.H, p.blocks), by(gridDim.x, p.H, p.blocks);
-        for (int number = blockIdx.x; number < p.pieces; number += gridDim.x, work.advance(by, p.H, p.blocks)) {
-            int count = work.count(p.blocks);
-            for (int part = 0; part < count; part++, use.advance()) {
-                int own = work.block(part, p.blocks), row = own * BLOCK + group * HEAD;
-                uint64_t *before = nullptr;
-                use.wait_full(m.own_full);
-                for (int i = 0; i <= own; i++, step.advance()) {
-                    step.wait_full(m.full);
-                    block(o, m.q[use.at], m.stages[step.at], before, i == 0);
-                    before = &m.empty[step.at];
-                }
-                mma_wait<0>();
-                mma_settled(o);
-                let_go(before);
-                let_go(&m.own_empty[use.at]);
-                float *lse = p.lse + (int64_t)(work.b * p.H + work.h) * p.blocks * BLOCK + row + threadIdx.x % GROUP / 32 * 16 +
-                             threadIdx.x % 32 / 4;
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
-                    sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
-                    if (threadIdx.x % 4 == 0) {
-                        lse[8 * r] = fmaf(top[r] * p.scale2, LN_2, logf(sum[r]));
-                    }
-                }
-                T *to = (T *)p.out + (int64_t)(work.b * p.blocks * BLOCK + row) * C + work.h * HEAD;
-                put<T>(to, C, o, 1.0f / sum[0], 1.0f / sum[1]);
+        for (;; use.advance()) {
+            use.wait_full(m.own_full);
+            task now = m.tasks[use.at];
+            if (now.length == 0) {
+                break;
             }
+            int row = (now.length - 1) * BLOCK + group * HEAD; /* of the sequence */
+            uint64_t *before = nullptr;
+            for (int i = 0; i < now.length; i++, step.advance()) {
+                step.wait_full(m.full);
+                block(o, m.q[use.at], m.stages[step.at], before, i == 0);
+                before = &m.empty[step.at];
+            }
+            mma_wait<0>();
+            mma_settled(o);
+            let_go(before);
+            let_go(&m.own_empty[use.at]);
+            float *lse = p.lse + (int64_t)now.head * p.blocks * BLOCK + row + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+                sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+                if (threadIdx.x % 4 == 0) {
+                    lse[8 * r] = fmaf(top[r] * p.scale2, LN_2, logf(sum[r]));
+                }
+            }
+            T *to = (T *)p.out + (int64_t)(now.head / p.H * p.blocks * BLOCK + row) * C + now.head % p.H * HEAD;
+            put<T>(to, C, o, 1.0f / sum[0], 1.0f / sum[1]);
         }
     }
 };
@@ -179,9 +177,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <typename T> cpl_status forward(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x) {
     CUtensorMap qkv;
     cpl_status st = CPL_OK;
-    const problem p = {pieces_of(s), (int)s->H, (int)(s->T / BLOCK), LOG2_E / sqrtf((float)HEAD), x->out, x->lse};
+    const problem p = {(int)(s->B * s->H), (int)s->H, (int)(s->T / BLOCK), LOG2_E / sqrtf((float)HEAD), x->out, x->lse};
     CPL_TRY(cpl_tensor_map(&qkv, s->dt, x->qkv, s->B * s->T, 3 * s->H * HEAD, BLOCK));
-    CPL_TRY(launch<shared_memory>(dev, forward_kernel<T>, "attention_fwd", p.pieces, qkv, p));
+    CPL_TRY(launch<shared_memory>(dev, forward_kernel<T>, "attention_fwd", p.heads * p.blocks, qkv, p));
 done:
     return st;
 }
