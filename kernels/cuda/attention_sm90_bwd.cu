@@ -7,8 +7,8 @@
  *            own rows  other rows   s = own1 other1^T     t = own2 other2^T
  *   dq       q, dout   k, v         p = 2^(s - lse)       ds = p (t - delta)    dq = ds k / sqrt(D)
  *   dk, dv   k, v      q, dout      p^T                   ds^T                  dk = ds^T q / sqrt(D), dv = p^T dout
- * Two warpgroups have 64 own rows each and know nothing of one another. p and ds stay in registers, as left operands of the second
- * products. A third warpgroup sends for the operands. */
+ * Two warpgroups have 64 own rows each and take turns with the tensor cores: while one's products run the other makes its
+ * probabilities. p and ds stay in registers, as left operands of the second products. A third warpgroup sends for the operands. */
 
 namespace {
 
@@ -115,77 +115,59 @@ template <bool KEYS> __device__ void produce(shared_memory &m, const maps &map, 
     hand_over(&m.tasks[use.at], {0, 0}, &m.own_full[use.at], 0);
 }
 
+/* Turns are taken and passed on in strict alternation. */
+__device__ __forceinline__ void take_turn(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(2 * GROUP) : "memory");
+}
+__device__ __forceinline__ void pass_turn_on(int group) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(2 - group), "n"(2 * GROUP) : "memory");
+}
+
 template <typename T, bool KEYS> struct consumer {
     shared_memory &m;
     const problem &p;
     int group;
     float own_shift[2], own_delta[2]; /* of queries, where they are the own rows: of rows lane / 4 and + 8 */
 
-    /* p, for keys, and ds as left operands, from columns [8 FROM, 8 TO) of s and t; DONE: the first of s are p already. DIAGONAL:
-     * keys after their query are left out, by selection. */
+    /* What queries have in columns 8 j + 2 (lane % 4), the next one, and those 8 further on. */
+    static __device__ __forceinline__ void of_columns(float (&x)[4], const float *rows, int j) {
+        *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(rows + threadIdx.x % 4 * LANE + 2 * j);
+    }
+    /* p, for keys, and ds as left operands. DIAGONAL: keys after their query are left out, by selection. */
     template <bool DIAGONAL>
-    __device__ __forceinline__ void probabilities(float (&s)[64], const of_queries &rows, int from, int to) const {
-        int ahead = (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2;
+    __device__ __forceinline__ void left_operands(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], const float (&s)[64],
+                                                  const float (&t)[64], const of_queries &rows) const {
+        int ahead = (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2; /* row - column */
         float scale2 = p.scale * LOG2_E;
 #pragma unroll
-        for (int j = from; j < to; j += 2) {
-            float4 of_columns =
-                KEYS ? *reinterpret_cast<const float4 *>(rows.shift + threadIdx.x % 4 * LANE + 2 * j) : float4{0, 0, 0, 0};
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                float shift = !KEYS        ? own_shift[e % 4 / 2]
-                              : e / 4 == 0 ? (e % 2 == 0 ? of_columns.x : of_columns.y)
-                                           : (e % 2 == 0 ? of_columns.z : of_columns.w);
-                float x = exp2_fast(fmaf(s[4 * j + e], scale2, -shift));
-                int row_ahead = ahead + 8 * (e % 4 / 2) - 8 * (j + e / 4) - e % 2; /* of its column */
-                s[4 * j + e] = DIAGONAL && (KEYS ? row_ahead > 0 : row_ahead < 0) ? 0.0f : x;
-            }
-        }
-    }
-    template <bool DIAGONAL>
-    __device__ __forceinline__ void gradients(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], float (&s)[64], const float (&t)[64],
-                                              const of_queries &rows) const {
-        int ahead = (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2;
-#pragma unroll
         for (int j = 0; j < 16; j += 2) {
-            float4 of_columns =
-                KEYS ? *reinterpret_cast<const float4 *>(rows.delta + threadIdx.x % 4 * LANE + 2 * j) : float4{0, 0, 0, 0};
-            if (j >= EARLY) {
-                probabilities<DIAGONAL>(s, rows, j, j + 2);
+            alignas(16) float shifts[4], deltas[4];
+            if (KEYS) {
+                of_columns(shifts, rows.shift, j);
+                of_columns(deltas, rows.delta, j);
             }
 #pragma unroll
             for (int e = 0; e < 8; e += 2) {
-                float ds[2];
+                int r = e % 4 / 2;
+                float prob[2], ds[2];
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    float delta = !KEYS        ? own_delta[e % 4 / 2]
-                                  : e / 4 == 0 ? (k == 0 ? of_columns.x : of_columns.y)
-                                               : (k == 0 ? of_columns.z : of_columns.w);
-                    int row_ahead = ahead + 8 * (e % 4 / 2) - 8 * (j + e / 4) - k;
-                    ds[k] = s[4 * j + e + k] * (t[4 * j + e + k] - delta);
-                    ds[k] = DIAGONAL && (KEYS ? row_ahead > 0 : row_ahead < 0) ? 0.0f : ds[k];
+                    int at = 4 * j + e + k, column = e / 4 * 2 + k, row_ahead = ahead + 8 * r - 8 * (j + e / 4) - k;
+                    bool future = DIAGONAL && (KEYS ? row_ahead > 0 : row_ahead < 0);
+                    float x = exp2_fast(fmaf(s[at], scale2, -(KEYS ? shifts[column] : own_shift[r])));
+                    float d = x * (t[at] - (KEYS ? deltas[column] : own_delta[r]));
+                    prob[k] = future ? 0.0f : x;
+                    ds[k] = future ? 0.0f : d;
                 }
                 if (KEYS) {
-                    left_p[2 * j + e / 2] = pack<T>(s[4 * j + e], s[4 * j + e + 1]);
+                    left_p[2 * j + e / 2] = pack<T>(prob[0], prob[1]);
                 }
                 left_ds[2 * j + e / 2] = pack<T>(ds[0], ds[1]);
             }
         }
     }
-    enum { EARLY = 6 }; /* eighths of 16 columns of s that are worked on while t is not there yet */
 
-    /* Both, behind the first products: s, then t. */
-    template <bool DIAGONAL>
-    __device__ __forceinline__ void left_operands(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], float (&s)[64], float (&t)[64],
-                                                  const of_queries &rows) const {
-        probabilities<DIAGONAL>(s, rows, 0, EARLY);
-        mma_settled(s); /* not later */
-        mma_wait<0>();
-        mma_settled(t);
-        gradients<DIAGONAL>(left_p, left_ds, s, t, rows);
-    }
-
-    /* One other block. d1: dq or dk; d2: dv. */
+    /* One other block, begun and ended with the turn in hand. d1: dq or dk; d2: dv. */
     __device__ __forceinline__ void block(float (&d1)[32], float (&d2)[32], const pair_of_boxes &own, const stage &from,
                                           bool first) {
         float s[64], t[64];
@@ -193,13 +175,16 @@ template <typename T, bool KEYS> struct consumer {
         mma_fence();
         multiply_first<T>(s, own.first, from.other.first, group);
         multiply_first<T>(t, own.second, from.other.second, group);
-        mma_wait<1>();
+        pass_turn_on(group);
+        mma_wait<0>();
         mma_settled(s);
+        mma_settled(t);
         if (first) {
             left_operands<true>(left_p, left_ds, s, t, from.rows);
         } else {
             left_operands<false>(left_p, left_ds, s, t, from.rows);
         }
+        take_turn(group);
         mma_fence();
         if (KEYS) {
             multiply_second<T>(d2, left_p, from.other.second, first);
@@ -214,10 +199,16 @@ template <typename T, bool KEYS> struct consumer {
         int C = p.H * HEAD;
         ring<2> use;
         ring<STAGES> step;
+        if (group == 1) {
+            pass_turn_on(group); /* the first turn is group 0's */
+        }
         for (;; use.advance()) {
             use.wait_full(m.own_full);
             task now = m.tasks[use.at];
             if (now.length == 0) {
+                if (group == 0) {
+                    take_turn(group); /* the last one that was passed on */
+                }
                 break;
             }
             int own = own_of<KEYS>(now.length, p.blocks);
@@ -230,11 +221,13 @@ template <typename T, bool KEYS> struct consumer {
                     own_delta[r] = from.delta[place + 2 * r];
                 }
             }
+            take_turn(group);
             for (int i = 0; i < now.length; i++, step.advance()) {
                 step.wait_full(m.full);
                 block(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
                 let_go(&m.empty[step.at]);
             }
+            pass_turn_on(group);
             let_go(&m.own_empty[use.at]);
             int row = (now.head / p.H * p.blocks + own) * BLOCK + group * HEAD;
             T *to = (T *)p.dqkv + (int64_t)row * 3 * C + now.head % p.H * HEAD;
