@@ -49,6 +49,7 @@ enum {
     FINETUNE,
     OVERFLOWS,
     WALL,
+    ENERGY,
     SQNR,
     LATENCY,
     TRIALS,
@@ -69,6 +70,7 @@ static const char *const stage_names[STAGE_ATTRIBUTES] = {
     [FINETUNE] = "option_finetune_steps",
     [OVERFLOWS] = "overflow_steps",
     [WALL] = "wall_s",
+    [ENERGY] = "energy_j",
     [SQNR] = "sqnr_db",
     [LATENCY] = "latency_p50_ms",
     [TRIALS] = "trials_total",
@@ -77,14 +79,21 @@ static const char *const stage_names[STAGE_ATTRIBUTES] = {
     [GRANULARITY] = "option_granularity",
 };
 
-static const cpl_column stage_columns[] = {
-    {"stage", "", CPL_COLUMN_WIDE, 0},           {"kind", "", CPL_COLUMN_LEFT, 0},
-    {"parameters", "", CPL_COLUMN_RIGHT, 5},     {"val loss", "nat/token", CPL_COLUMN_RIGHT, 0},
-    {"perplexity", "", CPL_COLUMN_RIGHT, 4},     {"size", "bytes", CPL_COLUMN_RIGHT, 0},
-    {"removed", "%", CPL_COLUMN_RIGHT, 0},       {"SQNR", "dB", CPL_COLUMN_RIGHT, 6},
-    {"latency", "ms p50", CPL_COLUMN_RIGHT, 3},  {"steps", "", CPL_COLUMN_RIGHT, 0},
-    {"overflows", "steps", CPL_COLUMN_RIGHT, 1}, {"scale", "at end", CPL_COLUMN_RIGHT, 1},
-    {"time", "s", CPL_COLUMN_RIGHT, 0},          {"", "", CPL_COLUMN_LEFT, 2}};
+static const cpl_column stage_columns[] = {{"stage", "", CPL_COLUMN_WIDE, 0},
+                                           {"kind", "", CPL_COLUMN_LEFT, 0},
+                                           {"parameters", "", CPL_COLUMN_RIGHT, 5},
+                                           {"val loss", "nat/token", CPL_COLUMN_RIGHT, 0},
+                                           {"perplexity", "", CPL_COLUMN_RIGHT, 4},
+                                           {"size", "bytes", CPL_COLUMN_RIGHT, 0},
+                                           {"removed", "%", CPL_COLUMN_RIGHT, 0},
+                                           {"SQNR", "dB", CPL_COLUMN_RIGHT, 6},
+                                           {"latency", "ms p50", CPL_COLUMN_RIGHT, 3},
+                                           {"steps", "", CPL_COLUMN_RIGHT, 0},
+                                           {"overflows", "steps", CPL_COLUMN_RIGHT, 1},
+                                           {"scale", "at end", CPL_COLUMN_RIGHT, 1},
+                                           {"time", "s", CPL_COLUMN_RIGHT, 0},
+                                           {"energy", "joule", CPL_COLUMN_RIGHT, 3},
+                                           {"", "", CPL_COLUMN_LEFT, 2}};
 
 /* "2^14"; 1 and what is no power of two as it is. */
 static void scale_text(double scale, char *out, size_t size) {
@@ -111,7 +120,7 @@ static void remark(const cpl_ckpt_attr *a, char *out, size_t size) {
 
 static cpl_status stage_row(cpl_table *t, const char *path, const char *name, cpl_arena *arena) {
     cpl_status st = CPL_OK;
-    char *group = NULL, *series = NULL, text[160] = "", size[CPL_AMOUNT_TEXT], parameters[CPL_AMOUNT_TEXT];
+    char *group = NULL, *series = NULL, text[160] = "", size[CPL_AMOUNT_TEXT], parameters[CPL_AMOUNT_TEXT], energy[CPL_AMOUNT_TEXT];
     double *scale = NULL;
     int64_t n = 0;
     cpl_ckpt_attr a[STAGE_ATTRIBUTES];
@@ -127,6 +136,7 @@ static cpl_status stage_row(cpl_table *t, const char *path, const char *name, cp
     }
     cpl_amount_text(a[BYTES].f, "B", size);
     cpl_amount_text(a[PARAMETERS].f, "", parameters);
+    cpl_amount_text(a[ENERGY].f, "J", energy);
     CPL_TRY(cpl_table_row(t, false));
     CPL_TRY(cpl_table_cell(t, "%s", name));
     CPL_TRY(cpl_table_cell(t, "%s", a[KIND].text == NULL ? "" : a[KIND].text));
@@ -141,6 +151,7 @@ static cpl_status stage_row(cpl_table *t, const char *path, const char *name, cp
     CPL_TRY(cpl_table_number(t, "%.0f", a[OVERFLOWS].f));
     CPL_TRY(cpl_table_cell(t, "%s", text));
     CPL_TRY(cpl_table_number(t, "%.1f", a[WALL].f));
+    CPL_TRY(cpl_table_cell(t, "%s", energy));
     remark(a, text, sizeof text);
     CPL_TRY(cpl_table_cell(t, "%s", text[0] == '\0' ? "" : text));
 done:

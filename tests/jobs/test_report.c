@@ -39,6 +39,7 @@ static void write_teacher(void) {
     assert_ok(cpl_record_i64(rec, "option_steps", 2000));
     assert_ok(cpl_record_i64(rec, "overflow_steps", 7));
     assert_ok(cpl_record_f64(rec, "wall_s", 123.44));
+    assert_ok(cpl_record_f64(rec, "energy_j", 4667.5));
     assert_ok(cpl_record_array(rec, "loss_scale", CPL_T_F64, 1, &n, &dim, scale, "", "scale"));
     assert_ok(cpl_record_write(rec, teacher));
     cpl_record_destroy(&rec);
@@ -165,7 +166,7 @@ static void test_stages_show_loss_size_steps_overflows_and_last_scale(void **sta
     assert_has(text, "kjv", "cupel 9.9, 2 ranks on box");
     assert_has(text, "where/it/is", "");
     char *line = line_with(text, "teacher ", "train");
-    static const char *const cells[] = {"2.56 M", "1.2346", "3.437", "5.12 MB", "2000", "7", "2^14", "123.4"};
+    static const char *const cells[] = {"2.56 M", "1.2346", "3.437", "5.12 MB", "2000", "7", "2^14", "123.4", "4.67 kJ"};
     size_t at = 0;
     for (size_t i = 0; i < sizeof cells / sizeof cells[0]; i++) {
         at += position(line + at, cells[i]);
