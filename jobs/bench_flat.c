@@ -16,6 +16,7 @@ typedef struct {
     uint8_t *mask, *codes;       /* [n] */
     float *scales;               /* [rows] */
     double *sums;                /* [chunks + 1] */
+    float *list;                 /* [n / 4 + 1] */
     int64_t *counts;             /* [2048] */
     uint32_t *kinds;             /* [tensors + 1] */
     float *largest;              /* [1] */
@@ -65,7 +66,22 @@ static cpl_status run_adamw(void *c) {
 
 static cpl_status run_histogram(void *c) {
     const flat *f = c;
-    return CPL_OPS(f->dev, select_histogram, f->counts, f->counts + 2047, f->param, f->n, 0, 0, 10);
+    return CPL_OPS(f->dev, select_histogram, f->counts, f->counts + 2047, f->param, f->n, 1, 0, 0, 10);
+}
+
+/* 8 % of the parameters, which are normals; places in the list are handed out from 0 on in each run. */
+static cpl_status run_window(void *c) {
+    cpl_status st = CPL_OK;
+    const flat *f = c;
+    const float from = 0.012f, to = 0.0145f;
+    uint32_t first, last;
+    memcpy(&first, &from, sizeof first);
+    memcpy(&last, &to, sizeof last);
+    CPL_TRY(CPL_OPS(f->dev, zero, f->counts, sizeof *f->counts));
+    CPL_TRY(
+        CPL_OPS(f->dev, select_window, f->list, f->n / 4, f->counts, f->counts + 1, f->counts + 2, f->param, f->n, first, last));
+done:
+    return st;
 }
 
 static cpl_status run_mask(void *c) {
@@ -104,6 +120,7 @@ static cpl_status allocate(const cpl_bench *b, flat *f) {
     CPL_TRY(cpl_device_alloc(b->dev, &f->codes, n, 1, "bench"));
     CPL_TRY(cpl_device_alloc(b->dev, &f->scales, n / (size_t)l->shape.width + 1, sizeof(float), "bench"));
     CPL_TRY(cpl_device_alloc(b->dev, &f->sums, n / CPL_SUM_CHUNK + 2, sizeof(double), "bench"));
+    CPL_TRY(cpl_device_alloc(b->dev, &f->list, n / 4 + 1, sizeof(float), "bench"));
     CPL_TRY(cpl_device_alloc(b->dev, &f->counts, 2048, sizeof(int64_t), "bench"));
     CPL_TRY(cpl_device_alloc(b->dev, &f->kinds, (size_t)l->count + 1, sizeof(uint32_t), "bench"));
     CPL_TRY(cpl_device_alloc(b->dev, &f->largest, 1, sizeof(float), "bench"));
@@ -116,8 +133,8 @@ done:
 }
 
 static void release(flat *f) {
-    void *owned[] = {&f->param, &f->m,      &f->v,    &f->grad,   &f->work,  &f->narrow,  &f->mask,
-                     &f->codes, &f->scales, &f->sums, &f->counts, &f->kinds, &f->largest, &f->state};
+    void *owned[] = {&f->param,  &f->m,    &f->v,    &f->grad,   &f->work,  &f->narrow,  &f->mask, &f->codes,
+                     &f->scales, &f->sums, &f->list, &f->counts, &f->kinds, &f->largest, &f->state};
     for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) {
         cpl_device_free(f->dev, owned[i]);
     }
@@ -144,6 +161,7 @@ cpl_status cpl_bench_flat(cpl_bench *b) {
                  {"cast fp32 to bf16", run_cast_down, 6, CPL_BF16},
                  {"cast bf16 to fp32", run_cast_up, 6, CPL_BF16},
                  {"select: histogram", run_histogram, 4, CPL_F32},
+                 {"select: window", run_window, 4, CPL_F32},
                  {"select: mask", run_mask, 5, CPL_F32},
                  {"apply mask", run_apply, 9, CPL_F32},
                  {"quantize 4 bits, channel", run_quantize, 9, CPL_F32}};

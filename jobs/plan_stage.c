@@ -6,6 +6,7 @@
 #include "kernels/pack.h"
 #include "jobs/optim/optimizer.h"
 #include "jobs/quantize_model.h"
+#include "jobs/select.h"
 #include "jobs/study/grid.h"
 #include "jobs/trainer_step.h"
 #include "jobs/training_stage.h"
@@ -75,6 +76,21 @@ static double evaluation_flops(const cpl_context *ctx, const cpl_model_shape *s)
     return (double)val.windows * (double)s->context * cpl_flops_forward(s);
 }
 
+/* Elements of the flat buffer that rank 0 has, as cpl_layout_shards makes it. */
+static int64_t shard_of(const cpl_layout *l, int64_t ranks) {
+    int64_t chunks = (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK, shard = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK;
+    return shard < l->total ? shard : l->total;
+}
+
+/* cpl_prune_weights: a shard's weights, its mask, and the selection. */
+static cpl_plan_memory pruning_memory(const char *kind, const cpl_layout *l, const cpl_prune_options *o, int64_t ranks) {
+    int64_t n = shard_of(l, ranks);
+    return (cpl_plan_memory){.weights = 4 * n,
+                             .moments = n,
+                             .other = cpl_selection_bytes(l, o, n),
+                             .workspaces = workspaces(kind, l, CPL_F32, 0, false)};
+}
+
 /* The trainer's memory: cpl_optimizer_create, cpl_steps_create, and what trainer.c allocates. */
 static cpl_status training_memory(const char *kind, const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked,
                                   cpl_plan_memory *m) {
@@ -83,9 +99,7 @@ static cpl_status training_memory(const char *kind, const cpl_layout *l, const c
     int64_t G = t->global_batch / t->micro_batch, mine = (G + ranks - 1) / ranks;
     int64_t begin[2] = {0, l->total};
     if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
-        int64_t chunks = (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
-        int64_t shard = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK; /* of rank 0, as cpl_layout_shards makes it */
-        begin[1] = shard < l->total ? shard : l->total;
+        begin[1] = shard_of(l, ranks);
     }
     m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * begin[1]);
     m->gradients = 4 * l->total;
@@ -193,6 +207,8 @@ static cpl_status plan_prune(const cpl_context *ctx, const cpl_stage *stage, con
         out->flops = evaluation_flops(ctx, &l->shape);
         out->stored = 5 * l->total;
     }
+    cpl_plan_memory selecting = pruning_memory(out->kind, l, o, ranks);
+    keep_larger(&out->memory, &selecting);
 done:
     return st;
 }
@@ -249,7 +265,9 @@ static cpl_status plan_trial(const cpl_context *ctx, const cpl_stage *stage, con
     if (trial->prunes) {
         cpl_plan_memory gathered = {
             .weights = 4 * l->total, .moments = l->total, .workspaces = workspaces(out->kind, l, CPL_F32, 0, false)};
+        cpl_plan_memory selecting = pruning_memory(out->kind, l, &trial->prune, ranks);
         keep_larger(&out->memory, &gathered);
+        keep_larger(&out->memory, &selecting);
     }
     CPL_TRY(precision_check(ctx, o->precision, stage->name));
     CPL_TRY(evaluation_memory(out->kind, l, cpl_precision_dtype(o->precision), o->micro_batch, o->latency_runs, &m));

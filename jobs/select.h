@@ -12,6 +12,7 @@ typedef struct {
     int64_t removed;    /* k = floor(sparsity * N); with scope tensor the sum of the tensors' */
     double threshold;   /* magnitude of the k-th smallest; scope tensor: the largest of the tensors'; 0 for k = 0 */
     int64_t ties;       /* weights of exactly that magnitude (scope global) */
+    int64_t searched;   /* weights that the last passes went over: fewer than the population where a sample said where to look */
     int64_t *by_tensor; /* owned [layout->count]: weights removed of each tensor */
 } cpl_prune_report;
 void cpl_prune_report_free(cpl_prune_report *r);
@@ -22,7 +23,9 @@ static inline bool cpl_prune_includes(const cpl_prune_options *o, const cpl_para
 }
 /* Collective. Removes exactly k weights: all of a key |w| below the k-th smallest's and, among equals, those of the smallest flat
  * index. Sets shard->mask (shard->masked must be) and zeroes shard->param where it is 0. The same mask, bit for bit, for any number
- * of ranks. Radix selection on the 31-bit keys: three histograms of 2^11, 2^10, 2^10 counts, each summed over the ranks. */
+ * of ranks. Radix selection on the 31-bit keys: three histograms of 2^11, 2^10, 2^10 counts, each summed over the ranks. Of a large
+ * population a sample says first between which keys to look, one pass lists the weights there, and the histograms are of that list;
+ * where the sample misled, of the whole. */
 cpl_status cpl_prune_weights(cpl_comm *comm, cpl_device *dev, const cpl_layout *layout, const cpl_prune_options *options,
                              cpl_shard *shard, cpl_prune_report *report);
 
@@ -33,8 +36,10 @@ typedef struct cpl_selection cpl_selection;
 cpl_status cpl_selection_create(cpl_selection **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
                                 const cpl_prune_options *options, int64_t begin, int64_t n, const float *w, uint8_t *mask);
 void cpl_selection_destroy(cpl_selection **selection);
+/* Device memory of a selection in n elements of the layout. */
+int64_t cpl_selection_bytes(const cpl_layout *layout, const cpl_prune_options *options, int64_t n);
 /* Collective. Enqueues mask = 0 for the weights that go and 1 for the others of the population; outside of it mask is not touched.
- * The host waits three times: for the histogram of each pass. Fills population, threshold, ties of *report. */
+ * The host waits for the histogram of each pass: three times, or five. Fills population, threshold, ties, searched of *report. */
 cpl_status cpl_selection_run(cpl_selection *selection, cpl_prune_report *report);
 
 /* Requested and exact sparsity, k, threshold, ties and the share of each tensor that went, into a stage's record. */

@@ -30,6 +30,9 @@ typedef enum { CPL_ACT_NONE, CPL_ACT_GELU } cpl_activation; /* GELU: tanh form, 
  * no result depends on ranks or threads. Shards of flat buffers start at multiples of it. */
 enum { CPL_SUM_CHUNK = 4096 };
 
+/* Elements in a row that are in or out of a sample (select_histogram). */
+enum { CPL_SELECT_PIECE = 16384 };
+
 /* The loss scaler and all that decides about a step, in device memory (numerics: scaler state machine; Micikevicius et al. 2017,
  * arXiv:1710.03740). Written by step_control alone, except lr, which the host feeds. */
 typedef struct {

@@ -4,7 +4,8 @@
 
 namespace {
 
-enum { KEY_BITS = 31, SHARED_BITS = 11, THREADS = 1024, LOADS = 4, PIECE = THREADS * LOADS * 4, MANY_THREADS = 256 };
+enum { KEY_BITS = 31, SHARED_BITS = 11, THREADS = 1024, LOADS = 4, PIECE = CPL_SELECT_PIECE, MANY_THREADS = 256 };
+static_assert(PIECE == THREADS * LOADS * 4 && PIECE % MANY_THREADS == 0, "a piece is a block's step");
 enum { MASK_THREADS = 256, MASK_LOADS = 8, MASK_PIECE = MASK_THREADS * MASK_LOADS * 4, PENDING = 2 };
 
 /* Which keys count, and where: those whose top bits are `prefix`, by the next `bits`. */
@@ -54,25 +55,26 @@ template <int COLUMNS> struct bins {
 };
 
 /* A block an SM. w is aligned to 16 bytes; the `head` elements before it and those behind the last piece are counted one by one.
+ * stride > 1: one piece of as many, and no head.
  * A column sees 512 * 32 / COLUMNS elements of a piece at most, and is emptied before it could pass 65535. */
 template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
-    histogram_kernel(unsigned long long *counts, unsigned long long *nans, const float *w, int64_t n, int head, digit d) {
+__global__ void __launch_bounds__(THREADS) histogram_kernel(unsigned long long *counts, unsigned long long *nans, const float *w,
+                                                            int64_t n, int head, int64_t stride, digit d) {
     extern __shared__ uint4 shared[];
     constexpr int MOST = 65535 / (PIECE / COLUMNS) - 2;
     bins<COLUMNS> own = {reinterpret_cast<uint32_t *>(shared), d, 0};
     own.clear();
-    int64_t pieces = n / PIECE;
+    int64_t whole = n / PIECE, pieces = (whole + stride - 1) / stride, step = stride * PIECE;
     int since = 0;
     packed<float, 4> x[LOADS];
     if (blockIdx.x < pieces) {
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
-            x[k] = load<float, 4>(w + blockIdx.x * (int64_t)PIECE + (k * THREADS + threadIdx.x) * 4);
+            x[k] = load<float, 4>(w + blockIdx.x * step + (k * THREADS + threadIdx.x) * 4);
         }
     }
     for (int64_t p = blockIdx.x; p < pieces; p += gridDim.x) {
-        int64_t next = (p + gridDim.x) * PIECE;
+        int64_t next = (p + gridDim.x) * step;
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
             packed<float, 4> now = x[k];
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(THREADS)
             since = 0;
         }
     }
-    for (int64_t i = pieces * PIECE + blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+    int64_t behind = pieces * stride == whole ? whole * PIECE : n; /* the last, shorter piece: in the sample or not */
+    for (int64_t i = behind + blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         own.add(w[i]);
     }
     if (blockIdx.x == 0 && threadIdx.x < head) {
@@ -103,12 +106,15 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* More bins than shared memory is used for: one atomic for all lanes that share a bin. */
-__global__ void __launch_bounds__(MANY_THREADS)
-    histogram_many_kernel(unsigned long long *counts, unsigned long long *nans, const float *w, int64_t n, digit d) {
+/* More bins than shared memory is used for, or a sample that is not aligned: one atomic for all lanes that share a bin. */
+__global__ void __launch_bounds__(MANY_THREADS) histogram_many_kernel(unsigned long long *counts, unsigned long long *nans,
+                                                                      const float *w, int64_t n, int64_t stride, digit d) {
     uint32_t found = 0;
-    for (int64_t base = blockIdx.x * (int64_t)MANY_THREADS; base < n; base += (int64_t)gridDim.x * MANY_THREADS) {
-        int64_t i = base + threadIdx.x;
+    for (int64_t at = blockIdx.x * (int64_t)MANY_THREADS;; at += (int64_t)gridDim.x * MANY_THREADS) {
+        int64_t base = at / PIECE * stride * PIECE + at % PIECE, i = base + threadIdx.x;
+        if (base >= n) {
+            break;
+        }
         uint32_t key = i < n ? key_of(w[i]) : 0, top = key >> d.shift;
         bool counted = i < n && top >> d.bits == d.prefix;
         uint32_t bin = counted ? top & ((1u << d.bits) - 1) : 0xffffffffu;
@@ -125,7 +131,7 @@ __global__ void __launch_bounds__(MANY_THREADS)
 
 template <int COLUMNS>
 cpl_status count_in_shared(cpl_device *dev, unsigned long long *counts, unsigned long long *nans, const float *w, int64_t n,
-                           digit d) {
+                           int64_t stride, digit d) {
     int bytes = (2 * COLUMNS) << d.bits;
     int64_t head = (16 - (uintptr_t)w % 16) % 16 / 4;
     head = head < n ? head : n;
@@ -135,15 +141,15 @@ cpl_status count_in_shared(cpl_device *dev, unsigned long long *counts, unsigned
     if (st != CPL_OK) {
         return st;
     }
-    histogram_kernel<COLUMNS><<<grid_for(dev, n, PIECE, 1), THREADS, (size_t)bytes, cpl_cuda_stream(dev)>>>(counts, nans, w + head,
-                                                                                                            n - head, (int)head, d);
+    histogram_kernel<COLUMNS><<<grid_for(dev, cpl_ceil_div(n, PIECE), stride, 1), THREADS, (size_t)bytes, cpl_cuda_stream(dev)>>>(
+        counts, nans, w + head, n - head, (int)head, stride, d);
     return cpl_cuda_launched(dev, "select_histogram");
 }
 
 } // namespace
 
 extern "C" cpl_status CPL_CUDA(select_histogram)(cpl_device *dev, int64_t *counts, int64_t *nans, const float *w, int64_t n,
-                                                 uint32_t prefix, int prefix_bits, int bits) {
+                                                 int64_t stride, uint32_t prefix, int prefix_bits, int bits) {
     if (bits < 1 || bits > 24 || prefix_bits < 0 || prefix_bits + bits > KEY_BITS) {
         return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__,
                         "select_histogram: bits %d after a prefix of %d, expected 1 to 24 and at most %d together", bits,
@@ -154,8 +160,10 @@ extern "C" cpl_status CPL_CUDA(select_histogram)(cpl_device *dev, int64_t *count
     }
     auto *to = (unsigned long long *)counts, *bad = (unsigned long long *)nans;
     digit d = {prefix, bits, KEY_BITS - prefix_bits - bits};
-    if (bits > SHARED_BITS) {
-        histogram_many_kernel<<<grid_for(dev, n, MANY_THREADS * 4, 8), MANY_THREADS, 0, cpl_cuda_stream(dev)>>>(to, bad, w, n, d);
+    if (bits > SHARED_BITS || (stride > 1 && !aligned16(w))) {
+        int64_t pieces = cpl_ceil_div(cpl_ceil_div(n, PIECE), stride), most = n < pieces * PIECE ? n : pieces * PIECE;
+        histogram_many_kernel<<<grid_for(dev, most, MANY_THREADS * 4, 8), MANY_THREADS, 0, cpl_cuda_stream(dev)>>>(to, bad, w, n,
+                                                                                                                   stride, d);
         return cpl_cuda_launched(dev, "select_histogram");
     }
     int most = 0; /* 227 KiB on sm_90, 163 on sm_80, but 99 on sm_86 and sm_89 */
@@ -165,7 +173,8 @@ extern "C" cpl_status CPL_CUDA(select_histogram)(cpl_device *dev, int64_t *count
     if (st != CPL_OK) {
         return st;
     }
-    return most >= (64 << bits) ? count_in_shared<32>(dev, to, bad, w, n, d) : count_in_shared<16>(dev, to, bad, w, n, d);
+    return most >= (64 << bits) ? count_in_shared<32>(dev, to, bad, w, n, stride, d)
+                                : count_in_shared<16>(dev, to, bad, w, n, stride, d);
 }
 
 /* --- mask --- */

@@ -4,7 +4,7 @@
 
 namespace {
 
-enum { THREADS = 256, LOADS = 8, PIECE = THREADS * LOADS * 4, WARPS = THREADS / 32, BLOCKS_PER_SM = 4 };
+enum { THREADS = 256, LOADS = 8, PIECE = THREADS * LOADS * 4, WARPS = THREADS / 32, BLOCKS_PER_SM = 3 };
 
 using pack = packed<float, 4>;
 
@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             }
         }
         int at = block_before(__popc(mine), sums, &total);
-        if (threadIdx.x == 0) {
-            place = total > 0 ? (int64_t)atomicAdd(found, (unsigned long long)total) : 0;
+        int64_t start = 0;
+        if (threadIdx.x == 0 && total > 0) {
+            start = (int64_t)atomicAdd(found, (unsigned long long)total);
         }
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
@@ -87,8 +88,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         if (p + gridDim.x < pieces) {
             load_piece(x, w, p + gridDim.x);
         }
+        if (threadIdx.x == 0) {
+            place = start;
+        }
         __syncthreads();
-        int64_t start = place, room = capacity - start;
+        start = place;
+        int64_t room = capacity - start;
         for (int i = threadIdx.x; i < total && i < room; i += THREADS) {
             list[start + i] = matches[i];
         }

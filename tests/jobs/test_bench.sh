@@ -31,7 +31,7 @@ bench ops
 rows 'limit: copy, read and written' 'limit: matrix product fp32' 'linear qkv' 'linear head: d weight' attention 'add + LayerNorm' 'cross-entropy and gradient'
 ! grep -q 'training step  ' out || fail "bench ops measures a step too"
 bench memory
-rows AdamW 'gradient scan' 'select: histogram' 'quantize 4 bits, channel'
+rows AdamW 'gradient scan' 'select: histogram' 'select: window' 'quantize 4 bits, channel'
 
 bench train --accumulate 2 --profile
 rows 'forward pass and loss' 'training step' 'a step with no other before or after' 'overflow consensus, clip and scaler' 'device memory' \

@@ -29,6 +29,8 @@ peak fp16 2 pruned
 # All in one process: a stage's peak is its own, and not that of the larger one before it.
 peak whole-student 1 student --set student.steps=3 --set teacher.layers=4
 peak whole-pruned 1 pruned --set pruned.finetune_steps=2 --set pruned.micro_batch=1 --set pruned.recompute=block
+# So many weights that a sample of them says where to look: the selection is the most.
+peak selected 1 pruned --set pruned.finetune_steps=0 --set pruned.micro_batch=1 --set teacher.steps=1 --set teacher.width=512
 # With the hidden-state loss, with and without a projection.
 peak hidden-equal 1 student --set student.hidden_weight=1
 peak hidden-narrow 2 student --set student.hidden_weight=1 --set student.start=scratch --set student.width=48

@@ -72,7 +72,8 @@ static void test_profile_notes_each_operation_once_with_its_time(void **state) {
         assert_ok(CPL_OPS(r.dev, upload, r.x, host, sizeof host));
         assert_ok(recorded(&r));
     }
-    assert_int_equal(CPL_OPS(r.dev, select_histogram, NULL, NULL, r.x, 1, 0, 20, 12), CPL_INTERNAL); /* one that fails counts too */
+    assert_int_equal(CPL_OPS(r.dev, select_histogram, NULL, NULL, r.x, 1, 1, 0, 20, 12),
+                     CPL_INTERNAL); /* one that fails counts too */
     assert_ok(cpl_device_record(r.dev, recorded, &r, &graph));
     r.dev->trace = NULL;
     assert_ok(recorded(&r));

@@ -1,4 +1,5 @@
-/* Proves that histograms and mask together remove exactly the k smallest magnitudes, the first of equals first.
+/* Proves that histograms and mask together remove exactly the k smallest magnitudes, the first of equals first; that a sample is of
+ * the pieces it says, and that a window lists its weights, each once.
  * Refuses an oracle that shares code: it sorts (|w|, index). */
 #include "tests/support/support.h"
 #include "io/base/rng.h"
@@ -47,7 +48,7 @@ static uint32_t threshold_of(cpl_device *dev, const float *w, int64_t n, int64_t
     int64_t below = 0;
     for (int p = 0; widths[p] != 0; p++) {
         int64_t nans = 0, *counts = test_array((int64_t)1 << widths[p], sizeof *counts);
-        assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, n, prefix, taken, widths[p]));
+        assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, n, 1, prefix, taken, widths[p]));
         assert_int_equal(nans, 0);
         uint32_t bin = 0;
         while (below + counts[bin] < k) {
@@ -151,17 +152,124 @@ static void histogram(cpl_device *dev) {
             want[(int)((a - 1) * 32)]++;
         }
     }
-    assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, N, prefix, 8, 5));
+    assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, N, 1, prefix, 8, 5));
     assert_memory_equal(counts, want, sizeof want);
     assert_int_equal(nans, nans_wanted);
-    assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, 0, prefix, 8, 5));
+    assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, w, 0, 1, prefix, 8, 5));
     assert_memory_equal(counts, want, sizeof want);
-    assert_int_equal(CPL_OPS(dev, select_histogram, counts, &nans, w, N, 0, 20, 12), CPL_INTERNAL);
+    assert_int_equal(CPL_OPS(dev, select_histogram, counts, &nans, w, N, 1, 0, 20, 12), CPL_INTERNAL);
     test_release(&w);
 }
 static void test_histogram_adds_the_bins_below_its_prefix_and_counts_nans(void **unused) {
     (void)unused;
     test_on_devices(histogram);
+}
+
+/* Counts of the top bits in every stride-th piece, of a buffer that ends in a piece and of one that no vector is aligned to. */
+static void samples(cpl_device *dev) {
+    enum { MOST = 9 * CPL_SELECT_PIECE + 777 };
+    float *w = test_normals(6, MOST + 1, 1.0f);
+    for (int64_t i = 0; i < MOST; i += 1009) {
+        w[i] = NAN;
+    }
+    const int64_t sizes[] = {1, CPL_SELECT_PIECE - 1, CPL_SELECT_PIECE, 3 * CPL_SELECT_PIECE, MOST},
+                  strides[] = {1, 2, 3, 8, 9, 100};
+    for (int t = 0; t < 5 * 6 * 2; t++) {
+        int64_t n = sizes[t / 12], stride = strides[t / 2 % 6], nans = 0, nans_wanted = 0;
+        int64_t *counts = test_array(2048, sizeof *counts), *want = test_array(2048, sizeof *want);
+        const float *x = w + t % 2;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, &x[i], sizeof bits);
+            want[bits << 1 >> 21] += i / CPL_SELECT_PIECE % stride == 0;
+            nans_wanted += isnan(x[i]) && i / CPL_SELECT_PIECE % stride == 0;
+        }
+        assert_ok(CPL_OPS(dev, select_histogram, counts, &nans, x, n, stride, 0, 0, 11));
+        test_same_bits("sampled counts", counts, want, 2048 * sizeof *counts);
+        assert_int_equal(nans, nans_wanted);
+        test_release(&counts);
+        test_release(&want);
+    }
+    test_release(&w);
+}
+static void test_a_sample_is_of_every_stride_th_piece(void **unused) {
+    (void)unused;
+    test_on_devices(samples);
+}
+
+static uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+static int by_bits(const void *a, const void *b) {
+    const uint32_t x = bits_of(*(const float *)a), y = bits_of(*(const float *)b);
+    return (x > y) - (x < y);
+}
+
+/* In three calls, of which the second is of nothing; 5 are in the list already. */
+static void check_window(cpl_device *dev, const float *w, int64_t n, uint32_t first, uint32_t last, int64_t capacity) {
+    enum { ALREADY = 5 };
+    float *list = test_array(n + ALREADY, sizeof *list), *want = test_array(n, sizeof *want);
+    int64_t found = ALREADY, below = 7, nans = 9, wanted = 0, below_wanted = 7, nans_wanted = 9, cut = n / 3 + 1;
+    for (int64_t i = 0; i < n + ALREADY; i++) {
+        list[i] = -7;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t key = bits_of(w[i]) & 0x7fffffffu;
+        below_wanted += key < first;
+        nans_wanted += isnan(w[i]);
+        if (key >= first && key <= last) {
+            want[wanted++] = w[i];
+        }
+    }
+    cut = cut < n ? cut : n;
+    assert_ok(CPL_OPS(dev, select_window, list, capacity, &found, &below, &nans, w, cut, first, last));
+    assert_ok(CPL_OPS(dev, select_window, list, capacity, &found, &below, &nans, w + cut, 0, first, last));
+    assert_ok(CPL_OPS(dev, select_window, list, capacity, &found, &below, &nans, w + cut, n - cut, first, last));
+    assert_int_equal(found, wanted + ALREADY);
+    assert_int_equal(below, below_wanted);
+    assert_int_equal(nans, nans_wanted);
+    int64_t listed = found < capacity ? found : capacity, j = 0;
+    for (int64_t i = 0; i < n + ALREADY; i++) {
+        assert_true(list[i] == -7 || (i >= ALREADY && i < listed));
+    }
+    qsort(want, (size_t)wanted, sizeof *want, by_bits);
+    qsort(list + ALREADY, listed > ALREADY ? (size_t)(listed - ALREADY) : 0, sizeof *list, by_bits);
+    for (int64_t i = ALREADY; i < listed; i++, j++) { /* all that were wanted, or some of them where there was no room */
+        while (listed < found && j < wanted && bits_of(want[j]) != bits_of(list[i])) {
+            j++;
+        }
+        assert_true(j < wanted && bits_of(want[j]) == bits_of(list[i]));
+    }
+    test_release(&list);
+    test_release(&want);
+}
+
+static void windows(cpl_device *dev) {
+    const uint32_t keys[][2] = {
+        {0, 0}, {0, 0x7f800000}, {0x7f800000, 0x7f800000}, {0x3f000000, 0x3f7fffff}, {0x3f800000, 0x3f800000}, {1, 0x3d000000}};
+    const int64_t sizes[] = {1, 4095, 8192, N};
+    float *w = test_normals(7, N + 3, 1.0f);
+    const float odd[] = {0.0f, -0.0f, 1e-42f, 1.0f, -1.0f, INFINITY, -INFINITY, NAN, -NAN, 0.5f};
+    for (int64_t i = 0; i < N; i += 17) {
+        w[i] = odd[i / 17 % 10];
+    }
+    for (int i = 0; i < 4; i++) {
+        for (int k = 0; k < 6; k++) {
+            check_window(dev, w + i, sizes[i], keys[k][0], keys[k][1], sizes[i] + 5);
+            check_window(dev, w + i, sizes[i], keys[k][0], keys[k][1], sizes[i] / 50 + 5);
+            check_window(dev, w + i, sizes[i], keys[k][0], keys[k][1], 0);
+        }
+    }
+    int64_t none = 0;
+    assert_int_equal(CPL_OPS(dev, select_window, w, 0, &none, &none, &none, w, N, 2, 1), CPL_INTERNAL);
+    assert_int_equal(CPL_OPS(dev, select_window, w, 0, &none, &none, &none, w, N, 0, 0x7f800001), CPL_INTERNAL);
+    test_release(&w);
+}
+static void test_a_window_lists_each_of_its_weights_once_as_far_as_there_is_room(void **unused) {
+    (void)unused;
+    test_on_devices(windows);
 }
 
 static void shards(cpl_device *dev) {
@@ -240,6 +348,8 @@ int main(void) {
         cmocka_unit_test(test_massive_ties_go_by_index_and_both_zeros_are_equal),
         cmocka_unit_test(test_subnormal_huge_and_infinite_weights_keep_their_order),
         cmocka_unit_test(test_histogram_adds_the_bins_below_its_prefix_and_counts_nans),
+        cmocka_unit_test(test_a_sample_is_of_every_stride_th_piece),
+        cmocka_unit_test(test_a_window_lists_each_of_its_weights_once_as_far_as_there_is_room),
         cmocka_unit_test(test_ties_left_carry_over_from_shard_to_shard),
         cmocka_unit_test(test_millions_of_equal_weights_go_from_the_first_on),
         cmocka_unit_test(test_apply_mask_makes_plain_zeros_even_of_nan),

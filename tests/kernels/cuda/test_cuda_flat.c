@@ -3,6 +3,7 @@
  */
 #include "tests/support/twin.h"
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { TYPES = 3 };
@@ -201,7 +202,7 @@ static void test_selection_is_exact(void **state) {
             int before = passes[p][0], bits = passes[p][1];
             test_twin counts = test_twin_zero(sizeof(int64_t) << bits);
             for (int d = 0; d < 2; d++) {
-                assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], nans.on[d], w.on[d], n,
+                assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], nans.on[d], w.on[d], n, 1,
                                   before ? some >> (31 - before) : 0, before, bits));
             }
             test_twin_same("histogram", &counts);
@@ -227,6 +228,82 @@ static void test_selection_is_exact(void **state) {
             free_all((test_twin *[]){&mask, &budget, &x}, 3);
         }
         free_all((test_twin *[]){&w, &nans}, 2);
+    }
+}
+
+static int by_bits(const void *a, const void *b) {
+    uint32_t x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+    return (x > y) - (x < y);
+}
+
+/* The lists, sorted, where all found room; else how much of them is written, and that nothing else is. */
+static void check_window(const test_twin *w, int64_t off, int64_t n, uint32_t first, uint32_t last, int64_t room) {
+    test_twin list = test_twin_zero((size_t)n * 4), counts = test_twin_zero(3 * 8);
+    for (int d = 0; d < 2; d++) {
+        int64_t *c = counts.on[d], cut = n / 2;
+        const float *x = (const float *)w->on[d] + off;
+        assert_ok(CPL_OPS(test_on[d], select_window, list.on[d], room, c, c + 1, c + 2, x, cut, first, last));
+        assert_ok(CPL_OPS(test_on[d], select_window, list.on[d], room, c, c + 1, c + 2, x + cut, n - cut, first, last));
+    }
+    test_twin_same("found, below, nans", &counts);
+    float *a = test_twin_read(&list, 0), *b = test_twin_read(&list, 1);
+    int64_t *found = test_twin_read(&counts, 0), listed = *found < room ? *found : room;
+    for (int64_t i = listed; i < n; i++) {
+        assert_true(b[i] == 0 && !signbit(b[i]));
+    }
+    for (int64_t i = 0; i < listed; i++) {
+        uint32_t key;
+        memcpy(&key, &b[i], sizeof key);
+        key &= 0x7fffffffu;
+        assert_true(key >= first && key <= last);
+    }
+    if (listed == *found) {
+        qsort(a, (size_t)listed, sizeof *a, by_bits);
+        qsort(b, (size_t)listed, sizeof *b, by_bits);
+        test_same_bits("list", b, a, (size_t)listed * sizeof *a);
+    }
+    cpl_free(&a);
+    cpl_free(&b);
+    cpl_free(&found);
+    test_twin_free(&list);
+    test_twin_free(&counts);
+}
+
+static void test_windows_list_the_same_weights(void **state) {
+    static const int64_t lengths[] = {1, 5, 4095, 8191, 8192, 8195, 16384, 100003, 5000011};
+    static const uint32_t keys[][2] = {{0, 0x7f800000}, {0x3f000000, 0x3f1fffff}, {0, 0}, {0x7f800000, 0x7f800000}};
+    for (int i = 0; i < 9; i++) {
+        int64_t n = lengths[i];
+        test_twin w = test_twin_of(specials(15, n + 3, true), (size_t)(n + 3) * 4);
+        for (int k = 0; k < 4; k++) {
+            check_window(&w, k, n, keys[k][0], keys[k][1], n);
+            check_window(&w, (k + 1) % 4, n, keys[k][0], keys[k][1], n / 100);
+        }
+        test_twin_free(&w);
+    }
+}
+
+static void test_samples_are_of_the_same_pieces(void **state) {
+    static const int64_t lengths[] = {1, 16383, 16384, 3 * 16384 + 1, 5000011};
+    for (int i = 0; i < 5; i++) {
+        test_twin w = test_twin_of(specials(16, lengths[i] + 1, true), (size_t)(lengths[i] + 1) * 4);
+        for (int64_t stride = 1; stride <= 300; stride = 2 * stride + stride / 3) {
+            for (int bits = 11; bits <= 16; bits += 5) {
+                for (int off = 0; off < 2; off++) {
+                    test_twin counts = test_twin_zero(sizeof(int64_t) << bits), nans = test_twin_zero(8);
+                    for (int d = 0; d < 2; d++) {
+                        assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], nans.on[d], (float *)w.on[d] + off,
+                                          lengths[i], stride, 0, 0, bits));
+                    }
+                    test_twin_same("sampled histogram", &counts);
+                    test_twin_same("nans", &nans);
+                    free_all((test_twin *[]){&counts, &nans}, 2);
+                }
+            }
+        }
+        test_twin_free(&w);
     }
 }
 
@@ -305,6 +382,8 @@ int main(void) {
         cmocka_unit_test(test_the_scaler_takes_the_same_decisions),
         cmocka_unit_test(test_adamw),
         cmocka_unit_test(test_selection_is_exact),
+        cmocka_unit_test(test_windows_list_the_same_weights),
+        cmocka_unit_test(test_samples_are_of_the_same_pieces),
         cmocka_unit_test(test_quantization_is_exact),
     };
     return test_gpu_main(tests, sizeof tests / sizeof tests[0]);

@@ -52,7 +52,7 @@ static void test_unaligned_buffers(void **state) {
             uint8_t *m = (uint8_t *)mask.on[d] + off;
             assert_ok(CPL_OPS(test_on[d], add_f32, b, a, N));
             assert_ok(CPL_OPS(test_on[d], cast_from_f32, CPL_F16, (uint16_t *)half.on[d] + off, a, N));
-            assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], word, a, N, 0, 0, 11));
+            assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], word, a, N, 1, 0, 0, 11));
             assert_ok(CPL_OPS(test_on[d], select_mask, m, a, N, 0x3f000000, word + 1));
             assert_ok(CPL_OPS(test_on[d], apply_mask, b, m, N));
             assert_ok(CPL_OPS(test_on[d], exponents, counts.on[d], (float *)(word + 2), a, N, 2.0f));
@@ -102,7 +102,7 @@ static void test_storms_of_ties(void **state) {
     for (int before = 0; before <= 21; before += before ? 10 : 11) {
         test_twin counts = test_twin_zero(2048 * 8), nans = test_twin_zero(8);
         for (int d = 0; d < 2; d++) {
-            assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], nans.on[d], w.on[d], N,
+            assert_ok(CPL_OPS(test_on[d], select_histogram, counts.on[d], nans.on[d], w.on[d], N, 1,
                               before ? 0x3f000000u >> (31 - before) : 0, before, before ? 10 : 11));
         }
         test_twin_same("histogram", &counts);
