@@ -46,7 +46,7 @@ static int sizes_to(int64_t largest) {
 }
 
 int64_t cpl_bench_comm_rows(const cpl_bench *b) {
-    return 2 * sizes_to(b->o->largest) + DECISIONS;
+    return 3 * sizes_to(b->o->largest) + DECISIONS;
 }
 
 /* The largest buffer up to `count` sizes that all ranks have memory for; *count becomes what fits. */
@@ -70,6 +70,14 @@ done:
     return st;
 }
 
+/* Equal parts; or, as the shards of a model, but for `more` elements that the first one has and the second lacks. */
+static void parts(exchange *e, int64_t elements, int64_t more) {
+    int ranks = cpl_comm_size(e->world);
+    for (int r = 0; r <= ranks; r++) {
+        e->begin[r] = r == ranks ? elements : elements / ranks * r + (r == 1 ? more : 0);
+    }
+}
+
 static cpl_status add(cpl_bench *b, exchange *e, const char *name, cpl_bench_call call, int64_t bytes) {
     cpl_status st = CPL_OK;
     double ranks = cpl_comm_size(e->world);
@@ -89,15 +97,15 @@ done:
 cpl_status cpl_bench_comm(cpl_bench *b) {
     cpl_status st = CPL_OK;
     exchange e = {.world = b->world, .dev = b->dev};
-    int count = sizes_to(b->o->largest), ranks = cpl_comm_size(b->world);
+    int count = sizes_to(b->o->largest);
     CPL_TRY(allocate(b, &e, &count));
     for (int i = 0; i < count; i++) {
         int64_t elements = sizes[i] / (int64_t)sizeof(float);
-        for (int r = 0; r <= ranks; r++) {
-            e.begin[r] = r == ranks ? elements : elements / ranks * r;
-        }
+        parts(&e, elements, 0);
         CPL_TRY(add(b, &e, "reduce-scatter fp32", run_reduce_scatter, sizes[i]));
         CPL_TRY(add(b, &e, "all-gather", run_allgather, sizes[i]));
+        parts(&e, elements, 64);
+        CPL_TRY(add(b, &e, "all-gather of unequal parts", run_allgather, sizes[i]));
     }
     CPL_TRY(add(b, &e, "overflow flag, or over the ranks", run_or_flag, 0));
     CPL_TRY(add(b, &e, "word of a step, or over the ranks", run_agree_word, 0));

@@ -61,7 +61,7 @@ holds 'exact global threshold and mask' '(ms_floor / ms * 100 - percent_of_limit
 
 bench comm
 rows 'overflow flag, or over the ranks' 'word of a step, or over the ranks' barrier
-[ "$(grep -c '^ reduce-scatter fp32 ' out)" = 3 ] && [ "$(grep -c '^ all-gather ' out)" = 3 ] || fail "not 3 sizes up to 256 KiB"
+[ "$(grep -c '^ reduce-scatter fp32 ' out)" = 3 ] && [ "$(grep -c '^ all-gather  ' out)" = 3 ] && [ "$(grep -c '^ all-gather of unequal parts ' out)" = 3 ] || fail "not 3 sizes up to 256 KiB"
 ranks 2 "$CUPEL" bench comm "${small[@]}" --json >out 2>err || { cat err >&2; fail "bench comm on 2 ranks"; }
 json 11
 holds all-gather 'bus_byte_per_s * ms > 0.999 * 2048 * 1000 && bus_byte_per_s * ms < 1.001 * 2048 * 1000' # half of 4 KiB
