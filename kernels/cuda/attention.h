@@ -36,7 +36,7 @@ cpl_status cpl_attention_own_fwd(cpl_device *dev, const cpl_attention_shape *s, 
 cpl_status cpl_attention_own_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);
 
 /* For GPUs of sm_90: 16-bit types, heads of 64, sequences of whole blocks, buffers at multiples of 16 bytes. scratch: bytes, 0
- * where the shape is another. */
+ * where the shape is another. Sources: arXiv:2307.08691, arXiv:2407.08608. Errors: CPL_DEVICE; CPL_NO_MEMORY for the scratch. */
 enum { CPL_ATTENTION_SM90_BLOCK = 128, CPL_ATTENTION_SM90_FLOATS = 288 }; /* rows of a block; kept of them */
 size_t cpl_attention_sm90_scratch(const cpl_attention_shape *s);
 bool cpl_attention_sm90_usable(const cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x);

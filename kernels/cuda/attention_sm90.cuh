@@ -137,6 +137,24 @@ template <typename M> __device__ __forceinline__ void barriers_init(M &m) {
     shared_to_copies();
 }
 
+/* The shared memory of a thread block, with its barriers ready for all. */
+template <typename M> __device__ __forceinline__ M &shared_begin() {
+    extern __shared__ unsigned char memory[];
+    M &m = *reinterpret_cast<M *>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+    if (threadIdx.x == 0) {
+        barriers_init(m);
+    }
+    __syncthreads();
+    return m;
+}
+/* Registers go from the warpgroup that sends for operands, which calls the first, to those that work on them. */
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
+}
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
+}
+
 /* --- host --- */
 
 /* A thread block a multiprocessor, or one of `blocks` of the problem where those are fewer; with an M at the first multiple of 1024

@@ -156,20 +156,15 @@ template <typename T> struct consumer {
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ problem p) {
-    extern __shared__ unsigned char memory[];
-    shared_memory &m = *reinterpret_cast<shared_memory *>(memory + (1024 - shared_address(memory) % 1024) % 1024);
-    if (threadIdx.x == 0) {
-        barriers_init(m);
-    }
-    __syncthreads();
+    shared_memory &m = shared_begin<shared_memory>();
     int group = group_of_thread();
     if (group < 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
+        give_registers();
         if (threadIdx.x == 0) {
             produce(m, qkv, p);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
+        take_registers();
         consumer<T>{m, p, group, {}, {}}.run();
     }
 }

@@ -154,30 +154,9 @@ template <typename T> __device__ __forceinline__ void mma_kept(float (&d)[32], c
 }
 #undef CPL_MMA_KEPT
 
-#define CPL_MMA_ACROSS(types)                                                                                                      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" CPL_MMA_32 "}, %32, %33, 1, 1, 1, 1, 1;"                 \
-                 : CPL_MMA_OUT32(d, 0)                                                                                             \
-                 : "l"(a), "l"(b))
-
-/* d [64,64] += a^T b, a [16,64] and b [16,64] by rows of 64 columns. */
-template <typename T> __device__ __forceinline__ void mma_across(float (&d)[32], uint64_t a, uint64_t b) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        CPL_MMA_ACROSS("bf16.bf16");
-    } else {
-        CPL_MMA_ACROSS("f16.f16");
-    }
-}
-#undef CPL_MMA_ACROSS
 #undef CPL_MMA_32
 #undef CPL_MMA_OUT32
 #undef CPL_MMA_OUT8
-
-/* Four 8 x 8 tiles of 16-bit values, as d is held, to shared memory: lane 8 q + r brings the address of row r of tile q. */
-__device__ __forceinline__ void tiles_store(void *at, const uint32_t *x) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(at)), "r"(x[0]), "r"(x[1]),
-                 "r"(x[2]), "r"(x[3])
-                 : "memory");
-}
 
 /* A pair of 16-bit values in a word. */
 template <typename T> __device__ __forceinline__ float2 unpack(uint32_t word) {
