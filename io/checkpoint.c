@@ -295,6 +295,7 @@ static cpl_status write_together(const writing *w) {
     CPL_TRY(agree(w, cpl_alloc(&rounds, w->n_arrays + 1, sizeof *rounds, "rounds of a checkpoint")));
     CPL_TRY(agree(w, transfer_together(w, &transfer)));
     CPL_TRY(agree(w, most_rounds(w, rounds)));
+    cpl_h5_forget_opening(w->part);
     CPL_TRY(agree(w, cpl_h5_access(&fapl, w->ranks->mpi_comm)));
     CPL_TRY(agree(w, rank_of(w) == 0 ? cpl_file_reserve(w->part, bytes_needed(w)) : CPL_OK));
     CPL_TRY(agree(w, cpl_h5_create(w->part, fapl, &file)));

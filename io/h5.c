@@ -2,6 +2,7 @@
  * Refuses to print, and to name a cause that the library did not give. */
 #include "io/h5_driver.h"
 #include <errno.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,6 +119,13 @@ cpl_status cpl_h5_access(hid_t *fapl, const void *mpi_comm) {
 #endif
 done:
     return st;
+}
+
+void cpl_h5_forget_opening(const char *path) {
+    const char *slash = strrchr(path, '/');
+    char name[300]; /* Open MPI takes the first 251 bytes */
+    (void)snprintf(name, 1 + 252, "/OMPIO_%s", slash != NULL ? slash + 1 : path);
+    (void)sem_unlink(name); /* mostly there is none */
 }
 
 /* File locks are off: finished files are only ever replaced by rename, and network file systems without locks are common on

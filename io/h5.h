@@ -37,6 +37,9 @@ cpl_status cpl_h5_open(const char *path, hid_t *file);
  * carries checksums (superblock 3). mpi_comm: MPI_Comm * or NULL; where it is given, HDF5 is the parallel build; else the driver of
  * h5_driver.c. */
 cpl_status cpl_h5_access(hid_t *fapl, const void *mpi_comm);
+/* Open MPI 4 opens files of one name on a host one after another, by a semaphore that stays taken where a process was killed: all
+ * who come later would wait for ever. On every rank, before any of them creates path with mpi_comm. */
+void cpl_h5_forget_opening(const char *path);
 /* Creates (truncates) a file whose root group tracks creation order and no times. */
 cpl_status cpl_h5_create(const char *path, hid_t fapl, hid_t *file);
 

@@ -4,12 +4,15 @@
 #include "io/base/log.h"
 #include "io/checkpoint.h"
 #include "io/record.h"
+#include <fcntl.h>
 #include <mpi.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 static int rank, size; /* in the group at work */
 
@@ -199,6 +202,25 @@ static bool fail_once(const char *path, int n, bool together) {
     return good;
 }
 
+/* What a rank of Open MPI leaves that was killed while it opened a file; whoever waits for it waits for ever. */
+static bool after_a_kill(const char *folder, int world) {
+    int me, pid = (int)getpid(); /* in the name, for the semaphore is the whole host's */
+    char path[1024], name[64];
+    MPI_Comm_rank(MPI_COMM_WORLD, &me);
+    MPI_Bcast(&pid, 1, MPI_INT, 0, MPI_COMM_WORLD);
+    snprintf(path, sizeof path, "%s/killed-%d.h5", folder, pid);
+    snprintf(name, sizeof name, "/OMPIO_killed-%d.h5.part", pid);
+    sem_t *taken = me == 0 ? sem_open(name, O_CREAT | O_EXCL, 0600, 0) : SEM_FAILED;
+    bool good = me != 0 || expect("a semaphore", CPL_OK, taken != SEM_FAILED ? CPL_OK : CPL_IO);
+    MPI_Barrier(MPI_COMM_WORLD);
+    good &= round_trip(path, world, world, true, "shards", false);
+    if (taken != SEM_FAILED) {
+        sem_close(taken);
+        remove(path);
+    }
+    return good;
+}
+
 static bool everything(const char *path, int world, bool together) {
     static const char *const cuts[] = {"shards", "anywhere", "first", "last"};
     bool good = true;
@@ -238,7 +260,7 @@ int main(int argc, char **argv) {
     bool good = true;
     for (int together = 0; together <= (int)cpl_h5_is_parallel(); together++) {
         if (strcmp(argv[1], "all") == 0) {
-            good &= everything(path, world, together);
+            good &= everything(path, world, together) && (!together || after_a_kill(argv[2], world));
         } else {
             good &= enter(world) && full(path, together);
             leave();
