@@ -260,7 +260,8 @@ int main(int argc, char **argv) {
     bool good = true;
     for (int together = 0; together <= (int)cpl_h5_is_parallel(); together++) {
         if (strcmp(argv[1], "all") == 0) {
-            good &= everything(path, world, together) && (!together || after_a_kill(argv[2], world));
+            good &= everything(path, world, together);
+            good &= !together || after_a_kill(argv[2], world);
         } else {
             good &= enter(world) && full(path, together);
             leave();
