@@ -88,7 +88,7 @@ done:
 }
 static cpl_status attention_back(void *c) {
     const fusion *f = c;
-    return CPL_OPS(f->dev, attention_bwd, f->dt, f->wide, f->delta, f->y, f->lse, f->x, f->B, f->T, f->H, f->C / f->H);
+    return CPL_OPS(f->dev, attention_bwd, f->dt, f->wide, NULL, f->delta, f->y, f->lse, f->x, f->B, f->T, f->H, f->C / f->H);
 }
 static cpl_status attention_back_apart(void *c) {
     cpl_status st = CPL_OK;

@@ -35,8 +35,7 @@ static cpl_status run_linear_input(void *c) {
 }
 static cpl_status run_linear_weight(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, linear_bwd_weight, l->product, l->dweight, l->weight == l->wte ? NULL : l->db, l->y, l->x, l->R, l->N,
-                   l->K, false);
+    return CPL_OPS(l->dev, linear_bwd_weight, l->product, l->dweight, NULL, l->y, l->x, l->R, l->N, l->K, false);
 }
 static cpl_status run_attention(void *c) {
     const layers *l = c;
@@ -44,7 +43,7 @@ static cpl_status run_attention(void *c) {
 }
 static cpl_status run_attention_bwd(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, attention_bwd, l->dt, l->dqkv, l->delta, l->out, l->lse, l->qkv, l->B, l->T, l->H, l->C / l->H);
+    return CPL_OPS(l->dev, attention_bwd, l->dt, l->dqkv, l->db, l->delta, l->out, l->lse, l->qkv, l->B, l->T, l->H, l->C / l->H);
 }
 static cpl_status run_norm(void *c) {
     const layers *l = c;

@@ -15,15 +15,15 @@ static float *bias_grad(const cpl_workspace *ws, float *grad, int64_t layer, cpl
     return layer < 0 ? NULL : grad + cpl_layout_block(ws->layout, layer, bias)->offset;
 }
 
-/* dw of dy^T x, db += column sums of dy (NULL: made elsewhere), then dx = dy w (times GELU'(pre)), of a linear layer, and
- * dbias += column sums of dx. dx may be x's own buffer: x is dead by then. */
-static cpl_status linear_backward(const block_backward *k, cpl_block_param weight, float *db, void *dx, float *dbias,
-                                  const void *dy, const void *x, const void *pre) {
+/* dw of dy^T x, then dx = dy w (times GELU'(pre)), of a linear layer, and dbias += column sums of dx. dx may be x's own buffer: x
+ * is dead by then. */
+static cpl_status linear_backward(const block_backward *k, cpl_block_param weight, void *dx, float *dbias, const void *dy,
+                                  const void *x, const void *pre) {
     cpl_status st = CPL_OK;
     cpl_workspace *ws = k->ws;
     const cpl_param *w = cpl_layout_block(ws->layout, k->layer, weight);
     CPL_TRY(
-        CPL_OPS(ws->dev, linear_bwd_weight, ws->product, k->grad + w->offset, db, dy, x, ws->R, w->rows, w->cols, k->overwrites));
+        CPL_OPS(ws->dev, linear_bwd_weight, ws->product, k->grad + w->offset, NULL, dy, x, ws->R, w->rows, w->cols, k->overwrites));
     CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->product, dx, dbias, dy, cpl_weight(ws, k->weights, w), pre, ws->R, w->rows,
                     w->cols));
 done:
@@ -63,13 +63,13 @@ static cpl_status backward_of_block(cpl_workspace *ws, const void *weights, floa
     const cpl_model_shape *s = &ws->layout->shape;
     void *wide = b->act;
     CPL_TRY(recompute(&k));
-    CPL_TRY(linear_backward(&k, CPL_P_OUT_W, NULL, wide, bias_grad(ws, grad, layer, CPL_P_FC_B), ws->dsum, b->act, b->pre));
-    CPL_TRY(linear_backward(&k, CPL_P_FC_W, NULL, ws->delta, NULL, wide, b->norm2, NULL));
+    CPL_TRY(linear_backward(&k, CPL_P_OUT_W, wide, bias_grad(ws, grad, layer, CPL_P_FC_B), ws->dsum, b->act, b->pre));
+    CPL_TRY(linear_backward(&k, CPL_P_FC_W, ws->delta, NULL, wide, b->norm2, NULL));
     CPL_TRY(norm_backward(&k, CPL_P_LN2_G, CPL_P_LN2_B, bias_grad(ws, grad, layer, CPL_P_PROJ_B), b->sum2, b->mean2, b->rstd2));
-    CPL_TRY(linear_backward(&k, CPL_P_PROJ_W, NULL, ws->delta, NULL, ws->dsum, b->context, NULL));
-    CPL_TRY(CPL_OPS(ws->dev, attention_bwd, ws->dt, wide, ws->delta, b->context, b->lse, b->qkv, ws->B, ws->T, s->heads,
-                    s->width / s->heads));
-    CPL_TRY(linear_backward(&k, CPL_P_QKV_W, bias_grad(ws, grad, layer, CPL_P_QKV_B), ws->delta, NULL, wide, b->norm1, NULL));
+    CPL_TRY(linear_backward(&k, CPL_P_PROJ_W, ws->delta, NULL, ws->dsum, b->context, NULL));
+    CPL_TRY(CPL_OPS(ws->dev, attention_bwd, ws->dt, wide, bias_grad(ws, grad, layer, CPL_P_QKV_B), ws->delta, b->context, b->lse,
+                    b->qkv, ws->B, ws->T, s->heads, s->width / s->heads));
+    CPL_TRY(linear_backward(&k, CPL_P_QKV_W, ws->delta, NULL, wide, b->norm1, NULL));
     CPL_TRY(norm_backward(&k, CPL_P_LN1_G, CPL_P_LN1_B, bias_grad(ws, grad, layer - 1, CPL_P_OUT_B), b->sum1, b->mean1, b->rstd1));
 done:
     return st;

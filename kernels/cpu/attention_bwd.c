@@ -129,8 +129,8 @@ static void backward_head(const backward *w, backward_scratch *f, int64_t b, int
     }
 }
 
-cpl_status CPL_CPU(attention_bwd)(cpl_device *dev, cpl_dtype dt, void *dqkv, const void *dout, const void *out, const float *lse,
-                                  const void *qkv, int64_t B, int64_t T, int64_t H, int64_t D) {
+cpl_status CPL_CPU(attention_bwd)(cpl_device *dev, cpl_dtype dt, void *dqkv, float *dbias, const void *dout, const void *out,
+                                  const float *lse, const void *qkv, int64_t B, int64_t T, int64_t H, int64_t D) {
     cpl_status st = CPL_OK;
     const backward w = {.shape = head_shape_of(dt, T, H, D), .dqkv = dqkv, .dout = dout, .out = out, .qkv = qkv, .lse = lse};
     int64_t floats = cpl_ceil_div(backward_floats(&w.shape), 16) * 16;
@@ -141,6 +141,11 @@ cpl_status CPL_CPU(attention_bwd)(cpl_device *dev, cpl_dtype dt, void *dqkv, con
     for (int64_t i = 0; i < B * H; i++) {
         backward_scratch f = backward_place(&w.shape, base + omp_get_thread_num() * floats);
         backward_head(&w, &f, i / H, i % H);
+    }
+    if (dbias != NULL) {
+        int64_t C = w.shape.C;
+        CPL_TRY(CPL_CPU(column_sums)(dev, dt, dbias, dqkv, 3 * C, B * T, C));
+        CPL_TRY(CPL_CPU(column_sums)(dev, dt, dbias + 2 * C, dout, C, B * T, C));
     }
 done:
     return st;

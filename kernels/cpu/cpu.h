@@ -18,6 +18,9 @@
 #include "kernels/ops.def"
 #undef CPL_OP
 extern const cpl_ops CPL_CPU(ops);
+/* sums += column sums of x: N columns of R rows, ld elements from one to the next; bits as of any operation. Takes CPL_SCRATCH_Y.
+ * sums [N] f32  x act of type dt. Errors: CPL_NO_MEMORY. */
+cpl_status CPL_CPU(column_sums)(cpl_device *dev, cpl_dtype dt, float *sums, const void *x, int64_t ld, int64_t R, int64_t N);
 #endif
 
 /* Scratch buffers belong to the device; a slot's content lives until the next call for that slot. An operation asks before it

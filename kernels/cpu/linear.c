@@ -227,8 +227,8 @@ static void finish_backward(const void *layer, const tile *t) {
     }
 }
 
-/* db += column sums of dy: sums over blocks of rows, then those in order. dy [R,N] as an operand, of type dt. */
-static cpl_status column_sums(cpl_device *dev, cpl_dtype dt, float *db, const operand *dy, int64_t R, int64_t N) {
+/* Sums over blocks of rows, then those in order. */
+cpl_status CPL_CPU(column_sums)(cpl_device *dev, cpl_dtype dt, float *sums, const void *x, int64_t ld, int64_t R, int64_t N) {
     cpl_status st = CPL_OK;
     enum { ROWS = 32 };
     int64_t blocks = cpl_ceil_div(R, ROWS);
@@ -241,7 +241,7 @@ static cpl_status column_sums(cpl_device *dev, cpl_dtype dt, float *db, const op
         float *buffer = partial + (blocks + omp_get_thread_num()) * N;
         memset(sum, 0, (size_t)N * sizeof *sum);
         for (int64_t r = block * ROWS; r < cpl_min_i64(R, (block + 1) * ROWS); r++) {
-            const float *restrict row = cpl_view_act(dt, buffer, dy->x, r * dy->ld, N);
+            const float *restrict row = cpl_view_act(dt, buffer, x, r * ld, N);
 #pragma omp simd
             for (int64_t j = 0; j < N; j++) {
                 sum[j] += row[j];
@@ -252,7 +252,7 @@ static cpl_status column_sums(cpl_device *dev, cpl_dtype dt, float *db, const op
     for (int64_t j0 = 0; j0 < N; j0 += 64) {
         for (int64_t block = 0; block < blocks; block++) {
             for (int64_t j = j0; j < cpl_min_i64(N, j0 + 64); j++) {
-                db[j] += partial[block * N + j];
+                sums[j] += partial[block * N + j];
             }
         }
     }
@@ -271,8 +271,7 @@ cpl_status CPL_CPU(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, fl
     const backward layer = {.dt = dt, .dx = dx, .pre = pre, .K = K};
     CPL_TRY(product(dev, &g, &a, &b, TILE_ROWS, TILE_COLS, finish_backward, &layer));
     if (dbias != NULL) {
-        const operand made = {.x = dx, .ld = K};
-        CPL_TRY(column_sums(dev, dt, dbias, &made, R, K));
+        CPL_TRY(CPL_CPU(column_sums)(dev, dt, dbias, dx, K, R, K));
     }
 done:
     return st;
@@ -293,7 +292,7 @@ cpl_status CPL_CPU(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, 
                        .beta = overwrites ? 0.0f : 1.0f};
     CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_W, dy, R, N, &a));
     if (db != NULL) {
-        CPL_TRY(column_sums(dev, g.dt, db, &a, R, N));
+        CPL_TRY(CPL_CPU(column_sums)(dev, g.dt, db, a.x, a.ld, R, N));
     }
     CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_X, x, R, K, &b));
     CPL_TRY(product(dev, &g, &a, &b, WEIGHT_ROWS, WEIGHT_COLS, NULL, NULL));

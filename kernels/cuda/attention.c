@@ -150,12 +150,29 @@ done:
     return st;
 }
 
+/* x->dbias += what ops.def says, of dq in x->dqkv and of x->dout. */
+static cpl_status add_column_sums(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x) {
+    cpl_status st = CPL_OK;
+    int64_t C = s->H * s->D, R = s->B * s->T;
+    CPL_TRY(cpl_cuda_column_sums(dev, s->dt, x->dbias, x->dqkv, 3 * C, R, C));
+    CPL_TRY(cpl_cuda_column_sums(dev, s->dt, x->dbias + 2 * C, x->dout, C, R, C));
+done:
+    return st;
+}
+
 static cpl_status run(cpl_device *dev, cpl_cuda_attention *a, bool cudnn, cpl_attention_direction direction,
                       const cpl_attention_shape *s, const cpl_attention_buffers *x) {
+    cpl_status st = CPL_OK;
     if (cudnn) {
-        return run_slices(dev, a, direction, s, x);
+        CPL_TRY(run_slices(dev, a, direction, s, x));
+    } else {
+        CPL_TRY(direction == CPL_ATTENTION_FWD ? cpl_attention_own_fwd(dev, s, x) : cpl_attention_own_bwd(dev, s, x));
     }
-    return direction == CPL_ATTENTION_FWD ? cpl_attention_own_fwd(dev, s, x) : cpl_attention_own_bwd(dev, s, x);
+    if (x->dbias != NULL && (cudnn || !cpl_attention_sm90_usable(dev, s, x))) {
+        CPL_TRY(add_column_sums(dev, s, x));
+    }
+done:
+    return st;
 }
 
 /* A call to be timed. */
@@ -177,7 +194,7 @@ static cpl_status run_timed(void *context) {
 static cpl_status time_of(timed_call *t, double *ms) {
     char name[32];
     const cpl_attention_shape *s = t->shape;
-    const char *direction = t->direction == CPL_ATTENTION_FWD ? "fwd" : "bwd";
+    const char *direction = t->direction == CPL_ATTENTION_FWD ? "fwd" : t->buffers->dbias == NULL ? "bwd" : "bwd_bias";
     if (t->cudnn) {
         snprintf(name, sizeof name, "attention_cudnn%zu_%s", cpl_attention_cudnn_version(), direction);
     } else {
@@ -222,7 +239,11 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
     }
     CPL_TRY(plan_slices(dev, a, direction, s, &usable));
     if (usable) {
-        timed_call own = {dev, a, false, direction, s, x}, other = {dev, a, true, direction, s, x};
+        cpl_attention_buffers timed = *x;
+        if (x->dbias != NULL) { /* which a run adds to */
+            CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, (size_t)(3 * s->H * s->D) * sizeof(float), &timed.dbias));
+        }
+        timed_call own = {dev, a, false, direction, s, &timed}, other = {dev, a, true, direction, s, &timed};
         CPL_TRY(time_of(&own, &own_ms));
         if (time_of(&other, &cudnn_ms) != CPL_OK) { /* it has a plan and fails all the same, or its workspace does not fit */
             cpl_status_clear();
@@ -257,10 +278,10 @@ cpl_status CPL_CUDA(attention_fwd)(cpl_device *dev, cpl_dtype dt, void *out, flo
     return attend(dev, CPL_ATTENTION_FWD, &s, &x);
 }
 
-cpl_status CPL_CUDA(attention_bwd)(cpl_device *dev, cpl_dtype dt, void *dqkv, const void *dout, const void *out, const float *lse,
-                                   const void *qkv, int64_t B, int64_t T, int64_t H, int64_t D) {
+cpl_status CPL_CUDA(attention_bwd)(cpl_device *dev, cpl_dtype dt, void *dqkv, float *dbias, const void *dout, const void *out,
+                                   const float *lse, const void *qkv, int64_t B, int64_t T, int64_t H, int64_t D) {
     const cpl_attention_shape s = {.dt = dt, .B = B, .T = T, .H = H, .D = D};
     const cpl_attention_buffers x = {
-        .qkv = qkv, .out = (void *)(uintptr_t)out, .lse = (float *)(uintptr_t)lse, .dout = dout, .dqkv = dqkv};
+        .qkv = qkv, .out = (void *)(uintptr_t)out, .lse = (float *)(uintptr_t)lse, .dout = dout, .dqkv = dqkv, .dbias = dbias};
     return attend(dev, CPL_ATTENTION_BWD, &s, &x);
 }

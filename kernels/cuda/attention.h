@@ -13,13 +13,15 @@ typedef struct {
     int64_t B, T, H, D;
 } cpl_attention_shape;
 
-/* Buffers of one call, as ops.def describes them; borrowed. Forward: out and lse are written, dqkv and dout are NULL. */
+/* Buffers of one call, as ops.def describes them; borrowed. Forward: out and lse are written, dqkv and dout are NULL. dbias: for
+ * cpl_attention_sm90_bwd; after the others attention.c sums what they made. */
 typedef struct {
     const void *qkv;
     void *out;
     float *lse;
     const void *dout;
     void *dqkv;
+    float *dbias; /* or NULL */
 } cpl_attention_buffers;
 
 /* Scratch of a backward, before whatever a library takes: delta [B,H,T] f32, in bytes. */

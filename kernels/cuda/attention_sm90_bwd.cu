@@ -2,15 +2,21 @@
  * al. 2024, arXiv:2407.08608. Refuses atomics and sums in memory: each of dq, dk and dv has one owner, for two more products per
  * pair of blocks. */
 #include "kernels/cuda/attention_sm90.cuh"
+#include "kernels/cuda/partials.cuh"
+#include "kernels/cuda/scratch.h"
 
 /* One kernel for both passes, with "own" and "other" as in attention_own_bwd.cu, in blocks of 128 rows:
  *            own rows  other rows   s = own1 other1^T     t = own2 other2^T
  *   dq       q, dout   k, v         p = 2^(s - lse)       ds = p (t - delta)    dq = ds k / sqrt(D)
  *   dk, dv   k, v      q, dout      p^T                   ds^T                  dk = ds^T q / sqrt(D), dv = p^T dout
  * Two warpgroups have 64 own rows each and take turns with the tensor cores: while one's products run the other makes its
- * probabilities. p and ds stay in registers, as left operands of the second products. A third warpgroup sends for the operands. */
+ * probabilities. p and ds stay in registers, as left operands of the second products. A third warpgroup sends for the operands.
+ * Column sums, where asked for, begin where a piece of rows is in hand: of dout with delta, of dq in registers. */
 
 namespace {
+
+enum { ROWS_THREADS = 256, PIECE = CPL_ATTENTION_PIECE };
+static_assert((int)PIECE == (int)HEAD, "a piece is the own rows of a warpgroup");
 
 /* shift = log2(e) lse and delta = sum over D of dout out of a block of queries, in the order in which the threads have columns:
  * lane % 4 has 8 j + 2 (lane % 4) + k at 2 j + k. LANE: a stride without bank conflicts. */
@@ -31,6 +37,7 @@ struct stage {
 struct shared_memory {
     pair_of_boxes own[2];
     stage stages[STAGES];
+    float2 sums[2][GROUP / 32][HEAD / 2]; /* of columns, of the warps of a group */
     task tasks[2];
     uint64_t own_full[2], own_empty[2], full[STAGES], empty[STAGES];
 };
@@ -40,6 +47,7 @@ struct problem {
     float scale;
     const of_queries *rows; /* [B,H,blocks] */
     void *dqkv;
+    float *sums; /* [B 2 blocks,C]: those of dq's columns over pieces of rows; or NULL */
 };
 struct maps {
     CUtensorMap qkv, dout;
@@ -53,29 +61,55 @@ template <bool KEYS> __device__ __forceinline__ int other_of(int own, int i) {
     return KEYS ? own + i : own - i;
 }
 
-/* Eight lanes a row. */
+/* A block: a piece of rows of a head, eight lanes a row. sums [B 2 blocks,C]: those of dout's columns over the piece; or NULL. */
 template <typename T>
-__global__ void __launch_bounds__(256)
-    rows_kernel(of_queries *rows, const T *dout, const T *out, const float *lse, int64_t count, int tokens, int H) {
-    int64_t row = blockIdx.x * (int64_t)32 + threadIdx.x / 8;
-    float sum = 0;
-    if (row < count) {
-        int64_t head = row / tokens, t = row % tokens, at = ((head / H * tokens + t) * H + head % H) * HEAD + threadIdx.x % 8 * 8;
+__global__ void __launch_bounds__(ROWS_THREADS)
+    rows_kernel(of_queries *rows, float *sums, const T *dout, const T *out, const float *lse, int tokens, int H) {
+    __shared__ float parts[ROWS_THREADS / 32][HEAD];
+    int pieces = tokens / PIECE, head = blockIdx.x / pieces, lane = threadIdx.x % 8;
+    int64_t piece = head / H * pieces + blockIdx.x % pieces; /* of all sequences */
+    float columns[8] = {};
+#pragma unroll
+    for (int n = 0; n < PIECE; n += ROWS_THREADS / 8) {
+        int64_t in = n + threadIdx.x / 8, at = ((piece * PIECE + in) * H + head % H) * HEAD + lane * 8;
+        int64_t row = blockIdx.x * (int64_t)PIECE + in;
         words<T> x = load_words(dout + at), y = load_words(out + at);
+        float sum = 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             sum = fmaf(x.f32(i), y.f32(i), sum);
+            columns[i] += x.f32(i);
+        }
+#pragma unroll
+        for (int lanes = 4; lanes > 0; lanes /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        }
+        if (lane == 0) {
+            of_queries &to = rows[row / BLOCK];
+            int place = place_of_row((int)(row % BLOCK));
+            to.shift[place] = LOG2_E * lse[row];
+            to.delta[place] = sum;
         }
     }
-#pragma unroll
-    for (int lanes = 4; lanes > 0; lanes /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (sums == nullptr) {
+        return;
     }
-    if (threadIdx.x % 8 == 0 && row < count) {
-        of_queries &to = rows[row / BLOCK];
-        int place = place_of_row((int)(row % BLOCK));
-        to.shift[place] = LOG2_E * lse[row];
-        to.delta[place] = sum;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        columns[i] += __shfl_xor_sync(0xffffffffu, columns[i], 8);
+        columns[i] += __shfl_xor_sync(0xffffffffu, columns[i], 16);
+        if (threadIdx.x % 32 < 8) {
+            parts[threadIdx.x / 32][lane * 8 + i] = columns[i];
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < HEAD) {
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < ROWS_THREADS / 32; w++) {
+            total += parts[w][threadIdx.x];
+        }
+        sums[(piece * H + head % H) * HEAD + threadIdx.x] = total;
     }
 }
 
@@ -121,6 +155,35 @@ __device__ __forceinline__ void take_turn(int group) {
 }
 __device__ __forceinline__ void pass_turn_on(int group) {
     asm volatile("bar.arrive %0, %1;" ::"r"(2 - group), "n"(2 * GROUP) : "memory");
+}
+
+/* Column sums of factor x [64,64] of this warpgroup to `to` [64]. parts: free again once the group has met elsewhere. */
+__device__ __forceinline__ void put_sums(float *to, float2 (&parts)[GROUP / 32][HEAD / 2], const float (&x)[32], float factor,
+                                         int group) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32;
+    float2 sum[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+        sum[c] = make_float2(x[4 * c] + x[4 * c + 2], x[4 * c + 1] + x[4 * c + 3]);
+    }
+    /* half of the lanes go on with half of the columns, and so on: at last columns 2 lane and 2 lane + 1 are this lane's */
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+        bool upper = (lane & 4 * half) != 0;
+#pragma unroll
+        for (int c = 0; c < half; c++) {
+            float2 kept = upper ? sum[c + half] : sum[c], given = upper ? sum[c] : sum[c + half];
+            sum[c] = make_float2(kept.x + __shfl_xor_sync(0xffffffffu, given.x, 4 * half),
+                                 kept.y + __shfl_xor_sync(0xffffffffu, given.y, 4 * half));
+        }
+    }
+    parts[warp][lane] = sum[0];
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 3), "n"((int)GROUP) : "memory");
+    if (warp == 0) {
+        float2 a = parts[0][lane], b = parts[1][lane], c = parts[2][lane], d = parts[3][lane];
+        reinterpret_cast<float2 *>(to)[lane] =
+            make_float2(factor * ((a.x + b.x) + (c.x + d.x)), factor * ((a.y + b.y) + (c.y + d.y)));
+    }
 }
 
 template <typename T, bool KEYS> struct consumer {
@@ -236,6 +299,8 @@ template <typename T, bool KEYS> struct consumer {
             if (KEYS) {
                 mma_settled(d2);
                 put<T>(to + 2 * C, 3 * C, d2, 1.0f, 1.0f);
+            } else if (p.sums != nullptr) { /* the group meets before the next ones, to take its turn */
+                put_sums(p.sums + (int64_t)(row / PIECE) * C + now.head % p.H * HEAD, m.sums[group], d1, p.scale, group);
             }
         }
     }
@@ -256,18 +321,23 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     }
 }
 
+/* sums: of dq, and behind them of dout; or NULL. */
 template <typename T>
-cpl_status backward(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x, of_queries *rows) {
+cpl_status backward(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x, of_queries *rows, float *sums) {
     maps map;
     cpl_status st = CPL_OK;
-    int64_t count = s->B * s->H * s->T;
-    const problem p = {(int)(s->B * s->H), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, x->dqkv};
-    CPL_TRY(cpl_tensor_map(&map.qkv, s->dt, x->qkv, s->B * s->T, 3 * s->H * HEAD, BLOCK));
-    CPL_TRY(cpl_tensor_map(&map.dout, s->dt, x->dout, s->B * s->T, s->H * HEAD, BLOCK));
-    rows_kernel<T><<<(unsigned)cpl_ceil_div(count, 32), 256, 0, cpl_cuda_stream(dev)>>>(rows, (const T *)x->dout, (const T *)x->out,
-                                                                                        x->lse, count, (int)s->T, (int)s->H);
+    int64_t R = s->B * s->T, C = s->H * HEAD, pieces = R / PIECE;
+    const problem p = {(int)(s->B * s->H), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, x->dqkv, sums};
+    CPL_TRY(cpl_tensor_map(&map.qkv, s->dt, x->qkv, R, 3 * C, BLOCK));
+    CPL_TRY(cpl_tensor_map(&map.dout, s->dt, x->dout, R, C, BLOCK));
+    rows_kernel<T><<<(unsigned)(pieces * s->H), ROWS_THREADS, 0, cpl_cuda_stream(dev)>>>(
+        rows, sums == nullptr ? sums : sums + pieces * C, (const T *)x->dout, (const T *)x->out, x->lse, (int)s->T, (int)s->H);
     CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, true>, "attention_bwd", p.heads * p.blocks, map, p)));
     CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, false>, "attention_bwd", p.heads * p.blocks, map, p)));
+    if (sums != nullptr) {
+        add_partials(cpl_cuda_stream(dev), {{x->dbias, x->dbias + 2 * C}}, 2, sums, C, (int)pieces);
+        CPL_TRY(cpl_cuda_launched(dev, "attention_bwd"));
+    }
 done:
     return st;
 }
@@ -281,9 +351,13 @@ extern "C" bool cpl_attention_sm90_usable(const cpl_device *dev, const cpl_atten
 
 extern "C" cpl_status cpl_attention_sm90_bwd(cpl_device *dev, const cpl_attention_shape *s, const cpl_attention_buffers *x) {
     of_queries *rows = nullptr;
-    cpl_status st = cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, cpl_attention_sm90_scratch(s), &rows);
-    if (st != CPL_OK) {
-        return st;
+    float *sums = nullptr;
+    cpl_status st = CPL_OK;
+    CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ATTENTION, cpl_attention_sm90_scratch(s), &rows));
+    if (x->dbias != nullptr) {
+        CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_ROWS, cpl_scratch_attention_bias(s->B * s->T, s->H * HEAD), &sums));
     }
-    return s->dt == CPL_BF16 ? backward<__nv_bfloat16>(dev, s, x, rows) : backward<__half>(dev, s, x, rows);
+    CPL_TRY(s->dt == CPL_BF16 ? backward<__nv_bfloat16>(dev, s, x, rows, sums) : backward<__half>(dev, s, x, rows, sums));
+done:
+    return st;
 }

@@ -309,5 +309,5 @@ extern "C" cpl_status CPL_CUDA(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, voi
     });
     add_partials(stream, {{dg, db, dbias}}, biased ? 3 : 2, partial, C, pieces);
     st = cpl_cuda_launched(dev, "layernorm_bwd");
-    return st != CPL_OK || dbias == NULL || biased ? st : cpl_cuda_column_sums(dev, dt, dbias, dx, R, C);
+    return st != CPL_OK || dbias == NULL || biased ? st : cpl_cuda_column_sums(dev, dt, dbias, dx, C, R, C);
 }

@@ -25,7 +25,7 @@ static cpl_status separate_gelu_grad(void *context) {
 
 static cpl_status separate_column_sums(void *context) {
     separate *s = context;
-    return cpl_cuda_column_sums(s->dev, s->dt, s->to, s->from, s->R, s->N);
+    return cpl_cuda_column_sums(s->dev, s->dt, s->to, s->from, s->N, s->R, s->N);
 }
 
 /* A way to do it: a plan of cuBLASLt, and the time with all that follows. */
@@ -176,7 +176,7 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
         CPL_TRY(cpl_cuda_gelu_grad(dev, act, dx, pre, R * K));
     }
     if (dbias != NULL) {
-        CPL_TRY(cpl_cuda_column_sums(dev, act, dbias, dx, R, K));
+        CPL_TRY(cpl_cuda_column_sums(dev, act, dbias, dx, K, R, K));
     }
 done:
     return st;
@@ -203,7 +203,7 @@ cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw,
         CPL_TRY(take_faster("column_sums", &s, separate_column_sums, &other, &best, &sums_fused));
     }
     if (db != NULL && !sums_fused) { /* before the product: the end of dy may be in the cache still */
-        CPL_TRY(cpl_cuda_column_sums(dev, act, db, dy, R, N));
+        CPL_TRY(cpl_cuda_column_sums(dev, act, db, dy, N, R, N));
     }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
     if (db != NULL && sums_fused) {

@@ -54,7 +54,7 @@ extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, 
 /* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. The
  * last piece comes first, for it may be in the cache still. */
 template <typename T, int V>
-__global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, int64_t N, int64_t rows_each) {
+__global__ void column_partials_kernel(float *partial, const T *x, int64_t ld, int64_t R, int64_t N, int64_t rows_each) {
     __shared__ float sums[SUM_LANES][SUM_COLUMNS + 1];
     constexpr int ACROSS = SUM_COLUMNS / V;
     int lane = threadIdx.x / ACROSS, part = threadIdx.x % ACROSS;
@@ -64,10 +64,10 @@ __global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, i
     if (column < N) {
 #pragma unroll 4
         for (int64_t r = first + lane; r < last; r += SUM_LANES) {
-            packed<T, V> x = load<T, V>(dy + r * N + column);
+            packed<T, V> row = load<T, V>(x + r * ld + column);
 #pragma unroll
             for (int j = 0; j < V; j++) {
-                sum[j] += x.f32(j);
+                sum[j] += row.f32(j);
             }
         }
     }
@@ -88,13 +88,15 @@ __global__ void column_partials_kernel(float *partial, const T *dy, int64_t R, i
 }
 
 template <typename T, int V>
-static void column_partials(cpl_device *dev, float *partial, const void *dy, int64_t R, int64_t N, int pieces, int64_t rows_each) {
+static void column_partials(cpl_device *dev, float *partial, const void *x, int64_t ld, int64_t R, int64_t N, int pieces,
+                            int64_t rows_each) {
     dim3 grid((unsigned)cpl_ceil_div(N, SUM_COLUMNS), (unsigned)pieces);
     column_partials_kernel<T, V>
-        <<<grid, SUM_COLUMNS / V * SUM_LANES, 0, cpl_cuda_stream(dev)>>>(partial, (const T *)dy, R, N, rows_each);
+        <<<grid, SUM_COLUMNS / V * SUM_LANES, 0, cpl_cuda_stream(dev)>>>(partial, (const T *)x, ld, R, N, rows_each);
 }
 
-extern "C" cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N) {
+extern "C" cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *sums, const void *x, int64_t ld, int64_t R,
+                                           int64_t N) {
     float *partial = NULL;
     int64_t rows_each = cpl_scratch_column_rows(R);
     int pieces = (int)cpl_ceil_div(R, rows_each);
@@ -105,12 +107,12 @@ extern "C" cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float 
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
         constexpr int V = pack_of<T>;
-        if (aligned16(dy) && N % V == 0) {
-            column_partials<T, V>(dev, partial, dy, R, N, pieces, rows_each);
+        if (aligned16(x) && ld % V == 0 && N % V == 0) {
+            column_partials<T, V>(dev, partial, x, ld, R, N, pieces, rows_each);
         } else {
-            column_partials<T, 1>(dev, partial, dy, R, N, pieces, rows_each);
+            column_partials<T, 1>(dev, partial, x, ld, R, N, pieces, rows_each);
         }
     });
-    add_partials(cpl_cuda_stream(dev), {{db}}, 1, partial, N, pieces);
+    add_partials(cpl_cuda_stream(dev), {{sums}}, 1, partial, N, pieces);
     return cpl_cuda_launched(dev, "column_sums");
 }

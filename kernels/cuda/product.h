@@ -48,10 +48,10 @@ cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t 
                                void *context, double *ms);
 
 /* What a product does not do in the same pass.   dx, pre [n] act   y = sum + bias: y [R,N] act, sum [R,N] f32, bias [N] act
- * dy [R,N] act, db [N] f32 += */
+ * sums += column sums of x [R,N] act, a row ld elements after the one before; sums [N] f32 */
 cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx, const void *pre, int64_t n);
 cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias, int64_t R, int64_t N);
-cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *db, const void *dy, int64_t R, int64_t N);
+cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *sums, const void *x, int64_t ld, int64_t R, int64_t N);
 
 /* linear_fwd with a bias and GELU of the rounded sum, and linear_bwd_input with GELU's derivative, by our own kernel
  * (product_gelu.cu). usable: sm_90, 16-bit types, rows and the pointers (those of the call, and pre) at multiples of 16 bytes. pre

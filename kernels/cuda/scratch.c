@@ -42,6 +42,10 @@ size_t cpl_scratch_gelu(int64_t R, int64_t K) {
     return floats(pieces(R, CPL_GELU_TILE), K);
 }
 
+size_t cpl_scratch_attention_bias(int64_t R, int64_t C) {
+    return floats(2 * pieces(R, CPL_ATTENTION_PIECE), C);
+}
+
 size_t cpl_scratch_embed_edges(int64_t n, int64_t C) {
     return aligned(floats(2 * pieces(n, CPL_EMBED_PIECE), C));
 }
@@ -65,6 +69,7 @@ static size_t rows_bytes(const cpl_pass *p, int64_t sm_count) {
     int64_t R = p->B * p->T, C = p->C;
     const size_t of[] = {cpl_scratch_norm(R, C, sm_count), cpl_scratch_columns(R, 4 * C),
                          cpl_dtype_size(p->dt) == 2 ? cpl_scratch_gelu(R, 4 * C) : 0,
+                         cpl_dtype_size(p->dt) == 2 ? cpl_scratch_attention_bias(R, C) : 0,
                          cpl_scratch_embed_edges(R, C) + 3 * cpl_scratch_embed_list(R) + cpl_scratch_sort(R)};
     size_t most = 0;
     for (size_t i = 0; i < sizeof of / sizeof of[0]; i++) {
@@ -86,7 +91,7 @@ int64_t cpl_cuda_pass_bytes(const cpl_pass *p) {
     if (p->B > 0) {
         const cpl_attention_shape attention = {.dt = p->dt, .B = p->B, .T = p->T, .H = p->H, .D = p->C / p->H};
         bytes += cpl_attention_scratch(&attention, p->training, capability);
-        bytes += p->training ? rows_bytes(p, sm_count) + cpl_scratch_linear(4 * p->C) : 0;
+        bytes += p->training ? rows_bytes(p, sm_count) + (cpl_dtype_size(p->dt) == 2 ? cpl_scratch_linear(4 * p->C) : 0) : 0;
     }
     return (int64_t)bytes;
 }

@@ -10,9 +10,10 @@ extern "C" {
 #endif
 
 enum {
-    CPL_NORM_ROWS = 8,    /* layernorm_bwd: rows of a block at a time */
-    CPL_EMBED_PIECE = 16, /* embed_bwd: sorted places of a block */
-    CPL_GELU_TILE = 128   /* product_gelu_bwd: rows of a tile */
+    CPL_NORM_ROWS = 8,       /* layernorm_bwd: rows of a block at a time */
+    CPL_EMBED_PIECE = 16,    /* embed_bwd: sorted places of a block */
+    CPL_GELU_TILE = 128,     /* product_gelu_bwd: rows of a tile */
+    CPL_ATTENTION_PIECE = 64 /* attention_bwd on sm_90: rows that one partial sum is of */
 };
 
 /* Bytes. layernorm_bwd: partial sums [3][pieces][C] f32, a piece the rows of a block. */
@@ -23,6 +24,8 @@ int64_t cpl_scratch_column_rows(int64_t R);
 size_t cpl_scratch_columns(int64_t R, int64_t N);
 /* product_gelu_bwd: [tiles of rows][K] f32. */
 size_t cpl_scratch_gelu(int64_t R, int64_t K);
+/* attention_bwd on sm_90: partial column sums [2][pieces][C] f32 of dq and of dout. */
+size_t cpl_scratch_attention_bias(int64_t R, int64_t C);
 /* embed_bwd: parts of runs that cross the borders of pieces [pieces][2][C] f32, and three lists [n] i32; a sort takes its own
  * behind them, about that of cpl_scratch_sort: cub tells it where there is a GPU alone. */
 size_t cpl_scratch_embed_edges(int64_t n, int64_t C);

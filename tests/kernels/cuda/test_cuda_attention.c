@@ -14,7 +14,7 @@ typedef struct {
 
 typedef struct {
     problem s;
-    test_twin qkv, out, lse, dout, dqkv;
+    test_twin qkv, out, lse, dout, dqkv, dbias, dbias_before;
 } buffers;
 
 static const char *const implementations[] = {"own", "cudnn"};
@@ -33,13 +33,15 @@ static cpl_device *device_of(int implementation) {
 
 static buffers buffers_of(problem s) {
     int64_t n = s.B * s.T * s.H * s.D;
-    size_t bytes = (size_t)n * cpl_dtype_size(s.dt);
+    size_t bytes = (size_t)n * cpl_dtype_size(s.dt), bias_bytes = (size_t)(3 * s.H * s.D) * sizeof(float);
     return (buffers){.s = s,
                      .qkv = test_twin_act(s.dt, 1, 3 * n, 1.0f),
                      .out = test_twin_new(bytes),
                      .lse = test_twin_new((size_t)(s.B * s.H * s.T) * sizeof(float)),
                      .dout = test_twin_act(s.dt, 2, n, 1.0f),
-                     .dqkv = test_twin_new(3 * bytes)};
+                     .dqkv = test_twin_new(3 * bytes),
+                     .dbias = test_twin_new(bias_bytes),
+                     .dbias_before = test_twin_of(test_normals(5, 3 * s.H * s.D, 1.0f), bias_bytes)};
 }
 
 static void buffers_free(buffers *x) {
@@ -48,6 +50,8 @@ static void buffers_free(buffers *x) {
     test_twin_free(&x->lse);
     test_twin_free(&x->dout);
     test_twin_free(&x->dqkv);
+    test_twin_free(&x->dbias);
+    test_twin_free(&x->dbias_before);
 }
 
 /* on: which buffers; dev: who computes. Waits. */
@@ -56,10 +60,21 @@ static cpl_status forward(cpl_device *dev, const buffers *x, int on) {
     cpl_status st = CPL_OPS(dev, attention_fwd, s->dt, x->out.on[on], x->lse.on[on], x->qkv.on[on], s->B, s->T, s->H, s->D);
     return st != CPL_OK ? st : dev->ops->synchronize(dev);
 }
-static cpl_status backward(cpl_device *dev, const buffers *x, int on) {
+/* bias: dbias becomes dbias_before and the gradient of the bias. */
+static cpl_status enqueue_backward(cpl_device *dev, const buffers *x, int on, bool bias) {
     const problem *s = &x->s;
-    cpl_status st = CPL_OPS(dev, attention_bwd, s->dt, x->dqkv.on[on], x->dout.on[on], x->out.on[on], x->lse.on[on], x->qkv.on[on],
-                            s->B, s->T, s->H, s->D);
+    if (bias) {
+        assert_ok(CPL_OPS(dev, copy, x->dbias.on[on], x->dbias_before.on[on], x->dbias.bytes));
+    }
+    return CPL_OPS(dev, attention_bwd, s->dt, x->dqkv.on[on], bias ? x->dbias.on[on] : NULL, x->dout.on[on], x->out.on[on],
+                   x->lse.on[on], x->qkv.on[on], s->B, s->T, s->H, s->D);
+}
+static cpl_status backward(cpl_device *dev, const buffers *x, int on) {
+    cpl_status st = enqueue_backward(dev, x, on, true);
+    return st != CPL_OK ? st : dev->ops->synchronize(dev);
+}
+static cpl_status backward_without_bias(cpl_device *dev, const buffers *x, int on) {
+    cpl_status st = enqueue_backward(dev, x, on, false);
     return st != CPL_OK ? st : dev->ops->synchronize(dev);
 }
 
@@ -120,6 +135,12 @@ static void compare_backward(const char *what, const buffers *x) {
     double u = s->dt == CPL_F32 ? 0 : test_roundoff(s->dt);
     test_twin_close(what, s->dt, &x->dqkv, 3 * n, 2e-4 + 8 * u, 1e-4 + 2.02 * u);
     close_in_the_mean(what, s->dt, &x->dqkv, 3 * n, 2e-5 + 1.5 * u);
+    int64_t C = s->H * s->D;
+    test_twin_close(what, CPL_F32, &x->dbias, 3 * C, sqrt((double)(s->B * s->T)) * (2e-5 + 4 * u), 1e-5);
+    float *before = test_twin_read(&x->dbias_before, 1), *dbias = test_twin_read(&x->dbias, 1);
+    test_same_bits("gradient of the bias of k", dbias + C, before + C, (size_t)C * sizeof *dbias);
+    cpl_free(&before);
+    cpl_free(&dbias);
 }
 
 static int compared[IMPLEMENTATIONS][2];
@@ -137,6 +158,7 @@ static void check(problem s, int tried) {
         refill(&x.out, false);
         refill(&x.lse, false);
         refill(&x.dqkv, false);
+        refill(&x.dbias, false);
         cpl_status st = forward(dev, &x, 1);
         if (st == CPL_OK) {
             compare_forward(what, &x);
@@ -150,7 +172,8 @@ static void check(problem s, int tried) {
         st = backward(dev, &x, 1);
         if (st == CPL_OK) {
             compare_backward(what, &x);
-            same_bits_again(what, dev, &x, &x.dqkv, backward);
+            same_bits_again(what, dev, &x, &x.dbias, backward);
+            same_bits_again(what, dev, &x, &x.dqkv, backward_without_bias);
             compared[i][1]++;
         } else if (i == 0 || st != CPL_UNSUPPORTED) {
             fail_msg("%s: %s", what, cpl_status_message());
@@ -207,21 +230,24 @@ static void test_attention_of_unaligned_buffers_agrees_with_the_cpu(void **state
         test_twin qkv = test_twin_act(dt, 3, 3 * n + 1, 1.0f), dout = test_twin_act(dt, 4, n + 1, 1.0f);
         test_twin out = test_twin_zero((size_t)(size * (n + 1))), dqkv = test_twin_zero((size_t)(size * (3 * n + 1)));
         test_twin lse = test_twin_zero((size_t)(s.B * s.H * s.T) * sizeof(float));
+        test_twin dbias = test_twin_zero((size_t)(3 * s.H * s.D + 1) * sizeof(float));
         double u = dt == CPL_F32 ? 0 : test_roundoff(dt);
         for (int on = 0; on < 2; on++) {
             cpl_device *dev = on == 0 ? test_on[0] : device_of(0);
             char *q = (char *)qkv.on[on] + size, *o = (char *)out.on[on] + size;
             assert_ok(CPL_OPS(dev, attention_fwd, dt, o, lse.on[on], q, s.B, s.T, s.H, s.D));
-            assert_ok(CPL_OPS(dev, attention_bwd, dt, (char *)dqkv.on[on] + size, (char *)dout.on[on] + size, o, lse.on[on], q, s.B,
-                              s.T, s.H, s.D));
+            assert_ok(CPL_OPS(dev, attention_bwd, dt, (char *)dqkv.on[on] + size, (float *)dbias.on[on] + 1,
+                              (char *)dout.on[on] + size, o, lse.on[on], q, s.B, s.T, s.H, s.D));
             assert_ok(dev->ops->synchronize(dev));
         }
         test_twin_close("output", dt, &out, n + 1, 2e-5 + u, 2e-5 + 2.02 * u);
         test_twin_close("gradient", dt, &dqkv, 3 * n + 1, 2e-4 + 4 * u, 1e-4 + 2.02 * u);
+        test_twin_close("gradient of the bias", CPL_F32, &dbias, 3 * s.H * s.D + 1, sqrt((double)s.T) * (2e-5 + 4 * u), 1e-5);
         test_twin_free(&qkv);
         test_twin_free(&dout);
         test_twin_free(&out);
         test_twin_free(&dqkv);
+        test_twin_free(&dbias);
         test_twin_free(&lse);
     }
 }
@@ -303,9 +329,7 @@ static cpl_status both(void *context) {
     const buffers *x = r->x;
     const problem *s = &x->s;
     cpl_status st = CPL_OPS(r->dev, attention_fwd, s->dt, x->out.on[1], x->lse.on[1], x->qkv.on[1], s->B, s->T, s->H, s->D);
-    return st != CPL_OK ? st
-                        : CPL_OPS(r->dev, attention_bwd, s->dt, x->dqkv.on[1], x->dout.on[1], x->out.on[1], x->lse.on[1],
-                                  x->qkv.on[1], s->B, s->T, s->H, s->D);
+    return st != CPL_OK ? st : enqueue_backward(r->dev, x, 1, true);
 }
 
 /* The choice by time, recorded and replayed. */
@@ -319,20 +343,24 @@ static void test_a_recorded_graph_gives_the_same_bits(void **state) {
         recorded r = {.dev = dev, .x = &x};
         assert_ok(both(&r));
         assert_ok(dev->ops->synchronize(dev));
-        void *out = test_twin_read(&x.out, 1), *dqkv = test_twin_read(&x.dqkv, 1);
+        void *out = test_twin_read(&x.out, 1), *dqkv = test_twin_read(&x.dqkv, 1), *dbias = test_twin_read(&x.dbias, 1);
         assert_ok(cpl_device_record(dev, both, &r, &graph));
         refill(&x.out, false);
         refill(&x.dqkv, false);
+        refill(&x.dbias, false);
         assert_ok(cpl_device_replay(dev, graph));
         assert_ok(dev->ops->synchronize(dev));
-        void *out2 = test_twin_read(&x.out, 1), *dqkv2 = test_twin_read(&x.dqkv, 1);
+        void *out2 = test_twin_read(&x.out, 1), *dqkv2 = test_twin_read(&x.dqkv, 1), *dbias2 = test_twin_read(&x.dbias, 1);
         test_same_bits("replayed output", out, out2, x.out.bytes);
         test_same_bits("replayed gradient", dqkv, dqkv2, x.dqkv.bytes);
+        test_same_bits("replayed gradient of the bias", dbias, dbias2, x.dbias.bytes);
         cpl_graph_destroy(dev, &graph);
         cpl_free(&out);
         cpl_free(&dqkv);
+        cpl_free(&dbias);
         cpl_free(&out2);
         cpl_free(&dqkv2);
+        cpl_free(&dbias2);
         buffers_free(&x);
     }
     cpl_device_destroy(&dev);
