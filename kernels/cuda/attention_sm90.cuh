@@ -80,9 +80,9 @@ __device__ __forceinline__ void let_go(uint64_t *empty) {
     }
 }
 
-/* s = own other^T: this warpgroup's rows of a box, and a whole one. */
-template <typename T>
-__device__ __forceinline__ void multiply_first(float (&s)[64], const unsigned char *own, const unsigned char *other, int group) {
+/* s = own other^T: this warpgroup's rows of a box, and a whole one (N 64) or half of one (32). */
+template <typename T, int N>
+__device__ __forceinline__ void multiply_first(float (&s)[N], const unsigned char *own, const unsigned char *other, int group) {
     uint64_t a = operand(own + group * HALF_BOX, 16, 1024), b = operand(other, 16, 1024);
 #pragma unroll
     for (int step = 0; step < HEAD / 16; step++) {
@@ -91,13 +91,12 @@ __device__ __forceinline__ void multiply_first(float (&s)[64], const unsigned ch
     mma_commit();
 }
 
-/* d (fresh: =) += left other. */
-template <typename T>
-__device__ __forceinline__ void multiply_second(float (&d)[32], const uint32_t (&left)[32], const unsigned char *other,
-                                                bool fresh) {
+/* d (fresh: =) += left other, a whole box (N 32) or half of one (16). */
+template <typename T, int N>
+__device__ __forceinline__ void multiply_second(float (&d)[32], const uint32_t (&left)[N], const unsigned char *other, bool fresh) {
     uint64_t b = operand(other, 16, 1024);
 #pragma unroll
-    for (int step = 0; step < BLOCK / 16; step++) {
+    for (int step = 0; step < N / 4; step++) {
         mma_kept<T>(d, &left[4 * step], b + step * ROWS_16, !fresh || step > 0);
     }
 }

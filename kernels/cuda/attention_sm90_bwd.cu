@@ -196,18 +196,20 @@ template <typename T, bool KEYS> struct consumer {
     static __device__ __forceinline__ void of_columns(float (&x)[4], const float *rows, int j) {
         *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(rows + threadIdx.x % 4 * LANE + 2 * j);
     }
-    /* p, for keys, and ds as left operands. DIAGONAL: keys after their query are left out, by selection. */
-    template <bool DIAGONAL>
-    __device__ __forceinline__ void left_operands(uint32_t (&left_p)[32], uint32_t (&left_ds)[32], const float (&s)[64],
-                                                  const float (&t)[64], const of_queries &rows) const {
-        int ahead = (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2; /* row - column */
+    /* p, for keys, and ds as left operands. DIAGONAL: keys after their query are left out, by selection. N 32: of the half that
+     * `sees_half` is about. */
+    template <bool DIAGONAL, int N>
+    __device__ __forceinline__ void left_operands(uint32_t (&left_p)[N / 2], uint32_t (&left_ds)[N / 2], const float (&s)[N],
+                                                  const float (&t)[N], const of_queries &rows) const {
+        int first = N == 64 ? group * HEAD : 0; /* own row, from the first other row */
+        int ahead = (first + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4) - threadIdx.x % 4 * 2; /* row - column */
         float scale2 = p.scale * LOG2_E;
 #pragma unroll
-        for (int j = 0; j < 16; j += 2) {
+        for (int j = 0; j < N / 4; j += 2) {
             alignas(16) float shifts[4], deltas[4];
             if (KEYS) {
-                of_columns(shifts, rows.shift, j);
-                of_columns(deltas, rows.delta, j);
+                of_columns(shifts, rows.shift, N == 64 ? j : HEAD / 8 + j);
+                of_columns(deltas, rows.delta, N == 64 ? j : HEAD / 8 + j);
             }
 #pragma unroll
             for (int e = 0; e < 8; e += 2) {
@@ -230,19 +232,30 @@ template <typename T, bool KEYS> struct consumer {
         }
     }
 
-    /* One other block, begun and ended with the turn in hand. d1: dq or dk; d2: dv. */
+    /* The first queries see the first keys of the block on the diagonal, and the last keys are seen by its last queries: of the
+     * other half nothing is computed. */
+    __device__ __forceinline__ bool sees_half(bool first) const {
+        return first && group == (KEYS ? 1 : 0);
+    }
+
+    /* One other block, begun and ended with the turn in hand. d1: dq or dk; d2: dv. first: the one on the diagonal; HALF: of that
+     * the half. */
+    template <bool HALF>
     __device__ __forceinline__ void block(float (&d1)[32], float (&d2)[32], const pair_of_boxes &own, const stage &from,
                                           bool first) {
-        float s[64], t[64];
-        uint32_t left_p[32], left_ds[32];
+        constexpr int N = HALF ? 32 : 64;
+        float s[N], t[N];
+        uint32_t left_p[N / 2], left_ds[N / 2];
+        const unsigned char *other1 = from.other.first + (HALF && KEYS ? HALF_BOX : 0);
+        const unsigned char *other2 = from.other.second + (HALF && KEYS ? HALF_BOX : 0);
         mma_fence();
-        multiply_first<T>(s, own.first, from.other.first, group);
-        multiply_first<T>(t, own.second, from.other.second, group);
+        multiply_first<T>(s, own.first, other1, group);
+        multiply_first<T>(t, own.second, other2, group);
         pass_turn_on(group);
         mma_wait<0>();
         mma_settled(s);
         mma_settled(t);
-        if (first) {
+        if (HALF || first) {
             left_operands<true>(left_p, left_ds, s, t, from.rows);
         } else {
             left_operands<false>(left_p, left_ds, s, t, from.rows);
@@ -250,9 +263,9 @@ template <typename T, bool KEYS> struct consumer {
         take_turn(group);
         mma_fence();
         if (KEYS) {
-            multiply_second<T>(d2, left_p, from.other.second, first);
+            multiply_second<T>(d2, left_p, other2, HALF || first);
         }
-        multiply_second<T>(d1, left_ds, from.other.first, first);
+        multiply_second<T>(d1, left_ds, other1, HALF || first);
         mma_commit();
         mma_wait<0>(); /* there are no registers for what comes next beside left_p and left_ds */
     }
@@ -287,7 +300,11 @@ template <typename T, bool KEYS> struct consumer {
             take_turn(group);
             for (int i = 0; i < now.length; i++, step.advance()) {
                 step.wait_full(m.full);
-                block(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
+                if (sees_half(i == 0)) {
+                    block<true>(d1, d2, m.own[use.at], m.stages[step.at], true);
+                } else {
+                    block<false>(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
+                }
                 let_go(&m.empty[step.at]);
             }
             pass_turn_on(group);

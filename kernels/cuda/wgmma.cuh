@@ -103,36 +103,46 @@ template <typename X, int N> __device__ __forceinline__ void mma_settled(X (&x)[
 #define CPL_MMA_OUT32(d, i) CPL_MMA_OUT8(d, i), CPL_MMA_OUT8(d, i + 8), CPL_MMA_OUT8(d, i + 16), CPL_MMA_OUT8(d, i + 24)
 #define CPL_MMA_32                                                                                                                 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define CPL_MMA(types, rows)                                                                                                       \
+#define CPL_MMA_64                                                                                                                 \
+    CPL_MMA_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,"     \
+               "%59,%60,%61,%62,%63"
+#define CPL_MMA_N128(types)                                                                                                        \
     asm volatile("{\n"                                                                                                             \
                  ".reg .pred add;\n"                                                                                               \
                  "setp.ne.b32 add, %66, 0;\n"                                                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." types " "                                                          \
-                 "{" CPL_MMA_32                                                                                                    \
-                 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"           \
-                 "%57,%58,%59,%60,%61,%62,%63}, %64, %65, add, 1, 1, 0, " rows ";\n"                                               \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {" CPL_MMA_64 "}, %64, %65, add, 1, 1, 0, %67;\n"          \
                  "}\n"                                                                                                             \
                  : CPL_MMA_OUT32(d, 0), CPL_MMA_OUT32(d, 32)                                                                       \
-                 : "l"(a), "l"(b), "r"(add))
+                 : "l"(a), "l"(b), "r"(add), "n"((int)BY_ROWS))
+#define CPL_MMA_N64(types)                                                                                                         \
+    asm volatile("{\n"                                                                                                             \
+                 ".reg .pred add;\n"                                                                                               \
+                 "setp.ne.b32 add, %34, 0;\n"                                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" CPL_MMA_32 "}, %32, %33, add, 1, 1, 0, %35;\n"           \
+                 "}\n"                                                                                                             \
+                 : CPL_MMA_OUT32(d, 0)                                                                                             \
+                 : "l"(a), "l"(b), "r"(add), "n"((int)BY_ROWS))
 
 /* d [64,128] of this warpgroup (+)= a [64,16] b [16,128]; element 4 j + 2 i + k of d is row 16 warp + lane/4 + 8 i, column
  * 8 j + 2 (lane % 4) + k. BY_ROWS: b lies in memory by rows of 128 columns, else by columns of 16 rows, as a does. */
 template <typename T, bool BY_ROWS> __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b, int add) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        if constexpr (BY_ROWS) {
-            CPL_MMA("bf16.bf16", "1");
-        } else {
-            CPL_MMA("bf16.bf16", "0");
-        }
+        CPL_MMA_N128("bf16.bf16");
     } else {
-        if constexpr (BY_ROWS) {
-            CPL_MMA("f16.f16", "1");
-        } else {
-            CPL_MMA("f16.f16", "0");
-        }
+        CPL_MMA_N128("f16.f16");
     }
 }
-#undef CPL_MMA
+/* The same of half the width: d [64,64], b [16,64]. */
+template <typename T, bool BY_ROWS> __device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b, int add) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        CPL_MMA_N64("bf16.bf16");
+    } else {
+        CPL_MMA_N64("f16.f16");
+    }
+}
+#undef CPL_MMA_N64
+#undef CPL_MMA_N128
+#undef CPL_MMA_64
 
 #define CPL_MMA_KEPT(types)                                                                                                        \
     asm volatile("{\n"                                                                                                             \
