@@ -1,4 +1,4 @@
-/* Tensor-core pieces of attention for bf16 and fp16: mma.sync m16n8k16, ldmatrix, cp.async (PTX ISA; sm_80 and newer).
+/* Tensor-core pieces of attention for bf16 and fp16: mma.sync m16n8k16, ldmatrix (PTX ISA; sm_80 and newer).
  * Refuses rows that are not 16-byte aligned. */
 #ifndef CPL_KERNELS_CUDA_ATTENTION_MMA_CUH
 #define CPL_KERNELS_CUDA_ATTENTION_MMA_CUH
@@ -10,10 +10,6 @@
  * 64, 96, 128: eight rows start 4 words times an odd number apart. */
 enum { MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS };
 template <int HD> constexpr int mma_ld = HD + 8; /* elements */
-
-__device__ __forceinline__ uint32_t shared_at(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -51,20 +47,6 @@ template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, 
 template <> __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
     __half2 two = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32_t *>(&two);
-}
-
-/* Asynchronous copies to shared memory; where !valid zeros arrive and nothing is read. */
-__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy4(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
-__device__ __forceinline__ void copies_end() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int PENDING> __device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 /* tile [ROWS, HD] = tokens row0.. of a head; 0 past the last token and past D. x: the head in token 0 */

@@ -155,7 +155,7 @@ extern "C" cpl_status CPL_CUDA(cross_entropy)(cpl_device *dev, cpl_dtype dt, voi
         return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__,
                         "loss of %lld logits in rows of %lld, expected 1 or more in at least as many", (long long)V, (long long)ld);
     }
-    cudaError_t error = row_shared_limit(dev, &limit);
+    cudaError_t error = shared_limit(dev, &limit);
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
         constexpr int N = pack_of<T>;

@@ -1,4 +1,4 @@
-/* What the kernels share: conversions, 128-bit accesses, reductions in a fixed order.
+/* What the kernels share: conversions, 128-bit accesses, asynchronous copies, reductions in a fixed order.
  * Refuses atomics whose order could show in a result. */
 #ifndef CPL_KERNELS_CUDA_DEVICE_CUH
 #define CPL_KERNELS_CUDA_DEVICE_CUH
@@ -94,6 +94,23 @@ template <typename... P> static inline bool aligned16(P... p) {
     return (((uintptr_t)p % 16 == 0) && ...);
 }
 
+__device__ __forceinline__ uint32_t shared_at(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+/* Asynchronous copies to shared memory; where !valid zeros arrive and nothing is read. */
+__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy4(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void copies_end() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int PENDING> __device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 /* Sum or maximum over the 32 lanes, in every lane; a butterfly, so always the same order. */
 template <typename T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
@@ -144,6 +161,14 @@ static inline int64_t cpl_ceil_div(int64_t a, int64_t b) {
 static inline int grid_for(const cpl_device *dev, int64_t items, int64_t per_block, int per_sm) {
     int64_t blocks = cpl_ceil_div(items, per_block), most = (int64_t)cpl_cuda_of(dev)->sm_count * per_sm;
     return (int)(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
+/* Shared memory that a block may have, less some that it declares itself. */
+static inline cudaError_t shared_limit(const cpl_device *dev, size_t *bytes) {
+    int most = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cpl_cuda_of(dev)->ordinal);
+    *bytes = error == cudaSuccess && most > 4096 ? (size_t)most - 4096 : 0;
+    return error;
 }
 
 #endif

@@ -6,200 +6,193 @@
 
 namespace {
 
-enum { BACKWARD_THREADS = 256, WARPS = CPL_NORM_ROWS };
-enum { WIDE_THREADS = 384 };
+enum { ANY_WARPS = 8, ANY_THREADS = 32 * ANY_WARPS };
+/* Rows of a warp in shared memory: one at work, the others, 9 kB or more, under way. */
+template <int PACKS> constexpr int stages = 1 + (PACKS < 3 ? 6 / PACKS : 2);
+/* Warps of a block, which is alone on its multiprocessor: as many as have registers for a lane's sums, xhat, g dy and g. */
+template <typename T, int PACKS> constexpr int most_warps = PACKS > (sizeof(T) == 4 ? 4 : 3) ? 8 : 12;
 
-/* A block has rows blockIdx.x, + gridDim.x, ... in steps of its warps, a warp a row at a time; dx = rstd (g dy - a - xhat c) with
- * a, c the means of g dy and of g dy xhat. partial [2][blocks][C]: sums of dy xhat and of dy over the rows of the block. KEPT:
- * packs of N elements that a lane keeps of a row. */
-template <typename T, int N, int KEPT>
-__global__ void __launch_bounds__(BACKWARD_THREADS)
-    backward_kernel(T *dx, float *partial, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd, const T *g,
-                    int64_t R, int C) {
-    extern __shared__ float gathered[]; /* [2][C] */
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, packs = C / N;
-    packed<T, N> gain[KEPT];
-    float dg[KEPT][N] = {}, db[KEPT][N] = {};
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-        if (lane + 32 * k < packs) {
-            gain[k] = load<T, N>(g + (lane + 32 * k) * N);
-        }
+/* A warp's part of rows, PACKS packs a lane, and its place in shared memory, of which a lane reads what it copied itself: waiting
+ * for its own copies is all it has to do. */
+template <typename T, int PACKS> struct row_ring {
+    /* elements of a warp's packs, of its part of dy or x or dres, of all three; bytes of a warp's packs */
+    enum { N = pack_of<T>, SPAN = 32 * N, PART = PACKS * SPAN, ROW = 3 * PART, BYTES = 32 * 16 };
+    int lane, group, member, warp; /* rows are a group's; warp `member` of it */
+    int share, column, own;        /* columns of a warp; the lane's first; its pack k is in the row where k SPAN < own */
+    T *at;                         /* the lane's place: [stages][3][PACKS][SPAN] */
+
+    __device__ __forceinline__ row_ring(uint4 *shared, int C, bool wide) {
+        lane = threadIdx.x % 32;
+        /* of one lane, so that the compiler knows them to be the same in all */
+        group = __shfl_sync(0xffffffffu, threadIdx.y, 0);
+        member = wide ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : 0;
+        warp = wide ? group * (int)(blockDim.x / 32) + member : group;
+        int across = blockDim.x / 32 * SPAN;
+        share = wide ? (C + across - 1) / across * SPAN : C;
+        column = member * share + lane * N;
+        own = min(C - column, share - lane * N);
+        at = (T *)shared + warp * stages<PACKS> * ROW + lane * N;
     }
-    for (int64_t row = blockIdx.x * (int64_t)WARPS + warp; row < R; row += (int64_t)gridDim.x * WARPS) {
-        packed<T, N> up[KEPT], in[KEPT];
-        float m = mean[row], r = rstd[row], a = 0, c = 0;
+    /* Sends for a row; zeros come where there is none, past its end, and for dres where that is NULL. */
+    __device__ __forceinline__ void send(int slot, int64_t row, int64_t C, const T *dy, const T *x, const T *dres) const {
+        int64_t from = row * C + column;
+        int there = row >= 0 ? own : 0, there_too = dres != nullptr ? there : 0;
+        uint32_t to = shared_at(at + slot);
 #pragma unroll
-        for (int k = 0; k < KEPT; k++) {
-            if (lane + 32 * k < packs) {
-                up[k] = load<T, N>(dy + row * C + (lane + 32 * k) * N);
-                in[k] = load<T, N>(x + row * C + (lane + 32 * k) * N);
-            }
+        for (int k = 0; k < PACKS; k++) {
+            copy16(to + k * BYTES, dy + from + k * SPAN, k * SPAN < there);
+            copy16(to + (PACKS + k) * BYTES, x + from + k * SPAN, k * SPAN < there);
+            copy16(to + (2 * PACKS + k) * BYTES, dres + from + k * SPAN, k * SPAN < there_too);
         }
-#pragma unroll
-        for (int k = 0; k < KEPT; k++) {
-            if (lane + 32 * k < packs) {
-#pragma unroll
-                for (int j = 0; j < N; j++) {
-                    float hat = (in[k].f32(j) - m) * r, t = gain[k].f32(j) * up[k].f32(j);
-                    a += t;
-                    c = fmaf(t, hat, c);
-                    dg[k][j] = fmaf(up[k].f32(j), hat, dg[k][j]);
-                    db[k][j] += up[k].f32(j);
-                }
-            }
-        }
-        a = warp_sum(a) / (float)C;
-        c = warp_sum(c) / (float)C;
-#pragma unroll
-        for (int k = 0; k < KEPT; k++) {
-            if (lane + 32 * k < packs) {
-                packed<T, N> rest, out;
-                if (dres != nullptr) {
-                    rest = load<T, N>(dres + row * C + (lane + 32 * k) * N);
-                }
-#pragma unroll
-                for (int j = 0; j < N; j++) {
-                    float hat = (in[k].f32(j) - m) * r;
-                    float d = r * (gain[k].f32(j) * up[k].f32(j) - a - hat * c);
-                    out.set(j, dres != nullptr ? d + rest.f32(j) : d);
-                }
-                store(dx + row * C + (lane + 32 * k) * N, out);
-            }
-        }
+        copies_end();
     }
-    for (int turn = 0; turn < WARPS; turn++) { /* the warps one after another: a fixed order */
-        if (warp == turn) {
-#pragma unroll
-            for (int k = 0; k < KEPT; k++) {
-                if (lane + 32 * k < packs) {
-#pragma unroll
-                    for (int j = 0; j < N; j++) {
-                        int at = (lane + 32 * k) * N + j;
-                        gathered[at] = turn == 0 ? dg[k][j] : gathered[at] + dg[k][j];
-                        gathered[C + at] = turn == 0 ? db[k][j] : gathered[C + at] + db[k][j];
-                    }
-                }
-            }
-        }
-        __syncthreads();
+};
+
+/* Of a row of several warps: its sums a, c over all of them. parts: a place a warp, which its next row but one may take again. */
+template <typename T, int PACKS>
+__device__ __forceinline__ void add_group(float2 *parts, const row_ring<T, PACKS> &ring, float *a, float *c) {
+    int across = blockDim.x / 32, first = ring.group * across;
+    if (ring.lane == 0) {
+        parts[ring.warp] = make_float2(*a, *c);
     }
-    for (int i = threadIdx.x; i < C; i += BACKWARD_THREADS) {
-        partial[blockIdx.x * (int64_t)C + i] = gathered[i];
-        partial[(gridDim.x + blockIdx.x) * (int64_t)C + i] = gathered[C + i];
+    asm volatile("bar.sync %0, %1;" ::"r"(ring.group + 1), "r"(blockDim.x) : "memory"); /* of this group alone */
+    *a = *c = 0;
+#pragma unroll 1
+    for (int w = first; w < first + across; w++) {
+        *a += parts[w].x;
+        *c += parts[w].y;
     }
 }
 
-/* What a thread has of a row. */
-template <typename T> struct row_part {
-    words<T> up, in, rest; /* of dy, x, dres */
-    float shift, rstd;     /* normalised: x rstd + shift */
-    __device__ __forceinline__ void read(int64_t row, int64_t C, int column, const T *dy, const T *dres, const T *x,
-                                         const float *means, const float *rstds) {
-        up = load_words(dy + row * C + column);
-        in = load_words(x + row * C + column);
-        if (dres != nullptr) {
-            rest = load_words(dres + row * C + column);
+/* The warps' sums over rows, through shared memory where their rows were, to partial [SUMS][blocks][C]. */
+template <typename T, int PACKS, int SUMS>
+__device__ __forceinline__ void write_sums(float *partial, uint4 *shared, const row_ring<T, PACKS> &ring, int C,
+                                           const float (&sum)[SUMS][PACKS][pack_of<T>]) {
+    constexpr int N = pack_of<T>, FOURS = PACKS * N / 4 * 32; /* of a warp: [PACKS][N / 4][32] */
+    constexpr int APART = stages<PACKS> * 3 * PACKS * 32;     /* 16-byte places of a warp */
+    static_assert(SUMS * FOURS <= APART);
+    float4 *gathered = (float4 *)shared;
+    copies_wait<0>(); /* zeros in place of rows that there were not */
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < SUMS; s++) {
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+#pragma unroll
+            for (int j = 0; j < N; j += 4) {
+                const float *four = &sum[s][k][j];
+                gathered[ring.warp * APART + s * FOURS + (k * N + j) * 8 + ring.lane] =
+                    make_float4(four[0], four[1], four[2], four[3]);
+            }
         }
-        rstd = rstds[row];
-        shift = -means[row] * rstd;
     }
-    __device__ __forceinline__ float hat(int j) const { return fmaf(in.f32(j), rstd, shift); }
-};
+    __syncthreads();
+    int across = blockDim.x / 32, threads = blockDim.x * blockDim.y;
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < across * SUMS * FOURS; i += threads) {
+        int member = i / (SUMS * FOURS), at = i % (SUMS * FOURS), four = at % FOURS;
+        int within = four / (N * 8) * (32 * N) + four % 32 * N + four / 32 % (N / 4) * 4, column = member * ring.share + within;
+        float4 total = {};
+        for (int w = member; w < threads / 32; w += across) { /* a fixed order */
+            float4 one = gathered[w * APART + at];
+            total = make_float4(total.x + one.x, total.y + one.y, total.z + one.z, total.w + one.w);
+        }
+        if (within < ring.share && column < C) {
+            *(float4 *)&partial[(at / FOURS * (int64_t)gridDim.x + blockIdx.x) * C + column] = total;
+        }
+    }
+}
 
-/* Rows of whole warps, a thread N columns of them: a block has blockDim.x / across groups of `across` = C / N threads, each of
- * which takes one row at a time while the next is under way. A thread's sums over rows are SUMS * N numbers. partial
- * [SUMS][blocks][C]. The last rows come first: what the product before wrote last is in the cache still, and what the next one
- * reads first will be. */
-template <typename T, int N, int SUMS>
-__global__ void __launch_bounds__(WIDE_THREADS, 2)
-    backward_wide_kernel(T *dx, float *partial, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd,
-                         const T *g, int64_t R, int C) {
-    extern __shared__ float gathered[];            /* [groups][SUMS][C], at the end */
-    __shared__ float2 parts[2][WIDE_THREADS / 32]; /* sums of a row over a warp; rows take turns */
-    int across = C / N, group = threadIdx.x / across, groups = blockDim.x / across, column = threadIdx.x % across * N;
-    int warps = across / 32, turn = 0;
-    float sum[SUMS][N] = {}, per_column = 1.0f / (float)C;
-    words<T> gain = load_words(g + column);
-    row_part<T> own, next;
-    int64_t row = R - 1 - ((int64_t)blockIdx.x * groups + group), stride = (int64_t)gridDim.x * groups;
-    if (row >= 0) {
-        next.read(row, C, column, dy, dres, x, mean, rstd);
+/* dx = rstd (g dy - a - xhat c) + dres with a, c the means of g dy and of g dy xhat. partial [SUMS][blocks][C]: sums of dy xhat, of
+ * dy and of dx over the rows of a block, which is (32, groups): a row a warp, or WIDE: (32 warps of a row, groups). The last rows
+ * come first: what the product before wrote last is in the cache still, and what the next one reads first will be. */
+template <typename T, int PACKS, int SUMS, bool WIDE>
+__global__ void __launch_bounds__(32 * most_warps<T, PACKS>, 1)
+    backward_kernel(T *dx, float *partial, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd, const T *g,
+                    int64_t R, int C) {
+    using ring_of = row_ring<T, PACKS>;
+    constexpr int N = pack_of<T>, PAIR = N / 4, SPAN = ring_of::SPAN, PART = ring_of::PART;
+    constexpr int AHEAD = stages<PACKS> - 1, LAST = AHEAD * ring_of::ROW;
+    extern __shared__ uint4 shared[];
+    __shared__ float2 parts[2][most_warps<T, PACKS>]; /* WIDE */
+    const ring_of ring(shared, C, WIDE);
+    words<T> gain[PACKS];
+    float sum[SUMS][PACKS][N] = {}, means = 0, rstds = 0, per_column = 1.0f / (float)C;
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        gain[k] = k * SPAN < ring.own ? load_words(g + ring.column + k * SPAN) : words<T>{};
     }
-    for (; row + group >= 0; row -= stride, turn ^= 1) { /* as often in every group, though the last time some have no row */
-        own = next;
-        if (row >= stride) {
-            next.read(row - stride, C, column, dy, dres, x, mean, rstd);
+    /* Side by side in different blocks, so that these differ by one row at the most. */
+    int64_t row = R - 1 - (ring.group * (int64_t)gridDim.x + blockIdx.x), stride = gridDim.x * (int64_t)blockDim.y;
+#pragma unroll
+    for (int s = 0; s < AHEAD; s++) {
+        ring.send(s * ring_of::ROW, row - s * stride, C, dy, x, dres);
+    }
+#pragma unroll 1
+    for (int full = 0, empty = LAST, turn = 0; row >= 0; row -= stride, turn++) {
+        float t[PACKS][N], hat[PACKS][N], a = 0, c = 0;
+        ring.send(empty, row - AHEAD * stride, C, dy, x, dres);
+        if (turn % 32 == 0 && row >= ring.lane * stride) { /* of the next 32 rows, one a lane */
+            means = mean[row - ring.lane * stride];
+            rstds = rstd[row - ring.lane * stride];
         }
-        float a = 0, c = 0;
-        if (row >= 0) {
+        float r = __shfl_sync(0xffffffffu, rstds, turn % 32), shift = -r * __shfl_sync(0xffffffffu, means, turn % 32);
+        copies_wait<AHEAD>();
+        const T *own = ring.at + full;
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+            words<T> up = load_words(own + k * SPAN), in = load_words(own + PART + k * SPAN);
+            /* else the compiler keeps them converted, in twice as many registers */
+            asm volatile("" : "+r"(gain[k].at[0]), "+r"(gain[k].at[1]), "+r"(gain[k].at[2]), "+r"(gain[k].at[3]));
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                float d = own.up.f32(j), hat = own.hat(j), t = gain.f32(j) * d;
-                a += t;
-                c = fmaf(t, hat, c);
-                sum[0][j] = fmaf(d, hat, sum[0][j]);
-                sum[1][j] += d;
+                float d = up.f32(j);
+                hat[k][j] = fmaf(in.f32(j), r, shift);
+                t[k][j] = gain[k].f32(j) * d;
+                a += t[k][j];
+                c = fmaf(t[k][j], hat[k][j], c);
+                sum[0][k][j] = fmaf(d, hat[k][j], sum[0][k][j]);
+                sum[1][k][j] += d;
             }
         }
         a = warp_sum(a);
         c = warp_sum(c);
-        if (threadIdx.x % 32 == 0) {
-            parts[turn][threadIdx.x / 32] = make_float2(a, c);
+        if (WIDE) {
+            add_group(parts[turn % 2], ring, &a, &c);
         }
-        asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(across) : "memory"); /* of this group alone */
-        if (row < 0) {
-            break;
-        }
-        a = c = 0;
-#pragma unroll 1
-        for (int w = group * warps; w < (group + 1) * warps; w++) {
-            a += parts[turn][w].x;
-            c += parts[turn][w].y;
-        }
-        a *= -per_column * own.rstd;
-        c *= -per_column * own.rstd;
-        words<T> out;
-        constexpr int PAIR = N / 4;
+        a *= -per_column * r;
+        c *= -per_column * r;
+        T *to = dx + row * C + ring.column;
 #pragma unroll
-        for (int j = 0; j < N; j += PAIR) {
-            float d[2];
+        for (int k = 0; k < PACKS; k++) {
+            words<T> rest = load_words(own + 2 * PART + k * SPAN), out;
 #pragma unroll
-            for (int k = 0; k < PAIR; k++) {
-                d[k] = fmaf(own.hat(j + k), c, fmaf(gain.f32(j + k) * own.up.f32(j + k), own.rstd, a));
-                d[k] = dres != nullptr ? d[k] + own.rest.f32(j + k) : d[k];
-                if (SUMS > 2) {
-                    sum[SUMS - 1][j + k] += d[k];
+            for (int j = 0; j < N; j += PAIR) {
+                float d[2];
+#pragma unroll
+                for (int i = 0; i < PAIR; i++) {
+                    d[i] = fmaf(hat[k][j + i], c, fmaf(t[k][j + i], r, a)) + rest.f32(j + i);
+                    if (SUMS > 2) {
+                        sum[SUMS - 1][k][j + i] += d[i];
+                    }
                 }
+                out.set(j / PAIR, d[0], d[PAIR - 1]);
             }
-            out.set(j / PAIR, d[0], d[PAIR - 1]);
+            if (k * SPAN < ring.own) {
+                store_words(to + k * SPAN, out);
+            }
         }
-        store_words(dx + row * C + column, out);
+        empty = full;
+        full = full == LAST ? 0 : full + ring_of::ROW;
     }
-#pragma unroll
-    for (int s = 0; s < SUMS; s++) {
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            gathered[(group * SUMS + s) * C + column + j] = sum[s][j];
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < SUMS * C; i += blockDim.x) {
-        float total = 0;
-        for (int t = 0; t < groups; t++) { /* a fixed order */
-            total += gathered[t * SUMS * C + i];
-        }
-        partial[(i / C * (int64_t)gridDim.x + blockIdx.x) * C + i % C] = total;
-    }
+    write_sums<T, PACKS, SUMS>(partial, shared, ring, C, sum);
 }
 
 /* Any row: dx by a warp a row; the sums over rows by the kernel after it. */
 template <typename T>
-__global__ void __launch_bounds__(BACKWARD_THREADS)
-    backward_any_kernel(T *dx, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd, const T *g, int64_t R,
-                        int64_t C) {
+__global__ void __launch_bounds__(ANY_THREADS) backward_any_kernel(T *dx, const T *dy, const T *dres, const T *x, const float *mean,
+                                                                   const float *rstd, const T *g, int64_t R, int64_t C) {
     int lane = threadIdx.x % 32;
-    int64_t row = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
+    int64_t row = blockIdx.x * (int64_t)ANY_WARPS + threadIdx.x / 32;
     if (row >= R) {
         return;
     }
@@ -236,44 +229,54 @@ __global__ void backward_any_sums_kernel(float *partial, const T *dy, const T *x
     partial[(gridDim.x + blockIdx.x) * C + column] = db;
 }
 
-template <typename T, int N>
-static bool backward_kept(cpl_device *dev, int pieces, T *dx, float *partial, const T *dy, const T *dres, const T *x,
-                          const float *mean, const float *rstd, const T *g, int64_t R, int64_t C) {
-    cudaStream_t stream = cpl_cuda_stream(dev);
-    if (C % N != 0 || !aligned16(dx, dy, dres, x, g)) {
-        return false;
+/* A kernel for aligned rows and what its warps take. */
+template <typename T> struct row_plan {
+    void (*kernel)(T *, float *, const T *, const T *, const T *, const float *, const float *, const T *, int64_t, int);
+    int64_t warps, columns, bytes; /* of a block at the most; of a row at the most; of shared memory */
+};
+template <typename T, int PACKS, bool WIDE = false> row_plan<T> plan_of(bool biased) {
+    using ring = row_ring<T, PACKS>;
+    return {biased ? backward_kernel<T, PACKS, 3, WIDE> : backward_kernel<T, PACKS, 2, WIDE>, most_warps<T, PACKS>, ring::PART,
+            (int64_t)sizeof(T) * stages<PACKS> * ring::ROW};
+}
+template <typename T> row_plan<T> plan_for(int64_t C, bool biased) {
+    int64_t packs = cpl_ceil_div(C, 32 * pack_of<T>);
+    if constexpr (sizeof(T) == 4) {
+        if (packs > 4 && packs <= 8) {
+            return packs > 6 ? plan_of<T, 8>(biased) : plan_of<T, 6>(biased);
+        }
     }
-    int64_t each = cpl_ceil_div(C / N, 32);
-    size_t shared = 2 * (size_t)C * sizeof(float);
-#define CPL_KEPT(kept)                                                                                                             \
-    do {                                                                                                                           \
-        if (each <= (kept)) {                                                                                                      \
-            backward_kernel<T, N, kept>                                                                                            \
-                <<<pieces, BACKWARD_THREADS, shared, stream>>>(dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);                \
-            return true;                                                                                                           \
-        }                                                                                                                          \
-    } while (0)
-    CPL_KEPT(1);
-    CPL_KEPT(2);
-    CPL_KEPT(3);
-    CPL_KEPT(4);
-    CPL_KEPT(6);
-#undef CPL_KEPT
-    return false;
+    return packs > 4   ? plan_of<T, 24 / pack_of<T>, true>(biased)
+           : packs > 3 ? plan_of<T, 4>(biased)
+           : packs > 2 ? plan_of<T, 3>(biased)
+           : packs > 1 ? plan_of<T, 2>(biased)
+                       : plan_of<T, 1>(biased);
 }
 
-/* False: not rows of whole warps. */
-template <typename T, int N>
-static bool backward_wide(cpl_device *dev, int pieces, T *dx, float *partial, bool biased, const T *dy, const T *dres, const T *x,
-                          const float *mean, const float *rstd, const T *g, int64_t R, int64_t C) {
-    if (C % (32 * N) != 0 || C / N > WIDE_THREADS || !aligned16(dx, dy, dres, x, g)) {
-        return false;
+/* *done false: rows that are not aligned, or wider than a block takes. */
+template <typename T>
+cudaError_t backward_aligned(bool *done, cpl_device *dev, int pieces, T *dx, float *partial, bool biased, const T *dy,
+                             const T *dres, const T *x, const float *mean, const float *rstd, const T *g, int64_t R, int64_t C) {
+    size_t limit = 0;
+    *done = false;
+    if (C % pack_of<T> != 0 || !aligned16(dx, dy, dres, x, g)) {
+        return cudaSuccess;
     }
-    int across = (int)(C / N), threads = WIDE_THREADS / across * across;
-    size_t shared = 3 * (size_t)threads * N * sizeof(float);
-    (biased ? backward_wide_kernel<T, N, 3> : backward_wide_kernel<T, N, 2>)<<<pieces, threads, shared, cpl_cuda_stream(dev)>>>(
-        dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
-    return true;
+    row_plan<T> plan = plan_for<T>(C, biased);
+    cudaError_t error = shared_limit(dev, &limit);
+    int64_t fit = (int64_t)limit / plan.bytes, across = cpl_ceil_div(C, plan.columns);
+    int64_t groups = (fit < plan.warps ? fit : plan.warps) / across;
+    if (error != cudaSuccess || groups == 0) {
+        return error;
+    }
+    int bytes = (int)(groups * across * plan.bytes);
+    error = cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) {
+        plan.kernel<<<pieces, dim3((unsigned)(32 * across), (unsigned)groups), bytes, cpl_cuda_stream(dev)>>>(
+            dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
+        *done = true;
+    }
+    return error;
 }
 
 } // namespace
@@ -292,22 +295,23 @@ extern "C" cpl_status CPL_CUDA(layernorm_bwd)(cpl_device *dev, cpl_dtype dt, voi
         return st;
     }
     cudaStream_t stream = cpl_cuda_stream(dev);
-    bool biased = false; /* the sums of dx are among the partial ones */
+    bool aligned = false; /* then the sums of dx are among the partial ones */
+    cudaError_t error = cudaSuccess;
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
-        constexpr int N = pack_of<T>;
-        if (backward_wide<T, N>(dev, pieces, (T *)dx, partial, dbias != NULL, (const T *)dy, (const T *)dres, (const T *)x, mean,
-                                rstd, (const T *)g, R, C)) {
-            biased = dbias != NULL;
-        } else if (!backward_kept<T, N>(dev, pieces, (T *)dx, partial, (const T *)dy, (const T *)dres, (const T *)x, mean, rstd,
-                                        (const T *)g, R, C)) {
+        error = backward_aligned<T>(&aligned, dev, pieces, (T *)dx, partial, dbias != NULL, (const T *)dy, (const T *)dres,
+                                    (const T *)x, mean, rstd, (const T *)g, R, C);
+        if (error == cudaSuccess && !aligned) {
             dim3 grid((unsigned)pieces, (unsigned)cpl_ceil_div(C, 128));
             backward_any_sums_kernel<T><<<grid, 128, 0, stream>>>(partial, (const T *)dy, (const T *)x, mean, rstd, R, C);
-            backward_any_kernel<T><<<(unsigned)cpl_ceil_div(R, WARPS), BACKWARD_THREADS, 0, stream>>>(
+            backward_any_kernel<T><<<(unsigned)cpl_ceil_div(R, ANY_WARPS), ANY_THREADS, 0, stream>>>(
                 (T *)dx, (const T *)dy, (const T *)dres, (const T *)x, mean, rstd, (const T *)g, R, C);
         }
     });
-    add_partials(stream, {{dg, db, dbias}}, biased ? 3 : 2, partial, C, pieces);
+    if (error != cudaSuccess) {
+        return cpl_cuda_status(error, __FILE__, __LINE__, "layernorm_bwd");
+    }
+    add_partials(stream, {{dg, db, dbias}}, aligned && dbias != NULL ? 3 : 2, partial, C, pieces);
     st = cpl_cuda_launched(dev, "layernorm_bwd");
-    return st != CPL_OK || dbias == NULL || biased ? st : cpl_cuda_column_sums(dev, dt, dbias, dx, C, R, C);
+    return st != CPL_OK || dbias == NULL || aligned ? st : cpl_cuda_column_sums(dev, dt, dbias, dx, C, R, C);
 }

@@ -22,28 +22,20 @@ __device__ __forceinline__ float log2_fast(float x) {
     return y;
 }
 
-/* 16 bytes from device to shared memory, waited for by row_wait of this thread. */
-__device__ __forceinline__ void copy16(void *shared, const void *from) {
-    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void row_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
 /* All groups but the last `behind` have arrived; behind is a constant once the loop around it is unrolled. */
 __device__ __forceinline__ void row_wait(int behind) {
     switch (behind) {
     case 3:
-        asm volatile("cp.async.wait_group 3;" ::: "memory");
+        copies_wait<3>();
         break;
     case 2:
-        asm volatile("cp.async.wait_group 2;" ::: "memory");
+        copies_wait<2>();
         break;
     case 1:
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        copies_wait<1>();
         break;
     default:
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        copies_wait<0>();
     }
 }
 
@@ -110,7 +102,7 @@ struct row_share {
         for (int part = 0; part < CPL_ROW_PARTS; part++) {
             over(part, f);
             if (STAGED) {
-                row_commit();
+                copies_end();
             }
         }
     }
@@ -127,7 +119,9 @@ template <typename T, int N, bool STAGED> struct row_source {
         return x;
     }
     /* Sends for pack i of another row, to take this one's place. */
-    __device__ __forceinline__ void refill(int i, const T *other) const { copy16(kept + i * N, other + i * (int64_t)N); }
+    __device__ __forceinline__ void refill(int i, const T *other) const {
+        copy16(shared_at(kept + i * N), other + i * (int64_t)N, true);
+    }
 };
 
 /* Columns past the last pack of logits become 0. */
@@ -168,14 +162,6 @@ static inline cudaError_t row_grid(const cpl_device *dev, K kernel, int threads,
         error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
     }
     *grid = grid_for(dev, R, 1, blocks > 0 ? blocks : 1);
-    return error;
-}
-
-/* Shared memory that a block may have, less what the kernels here use beside the rows. */
-static inline cudaError_t row_shared_limit(const cpl_device *dev, size_t *bytes) {
-    int most = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, cpl_cuda_of(dev)->ordinal);
-    *bytes = error == cudaSuccess && most > 4096 ? (size_t)most - 4096 : 0;
     return error;
 }
 

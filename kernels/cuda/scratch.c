@@ -3,7 +3,7 @@
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/attention.h"
 
-enum { NORM_PIECES_PER_SM = 2, COLUMN_PIECES_MAX = 64, COLUMN_ROWS_LEAST = 64, ALIGNMENT = 256 };
+enum { COLUMN_PIECES_MAX = 64, COLUMN_ROWS_LEAST = 64, ALIGNMENT = 256 };
 /* An H100 or H200: what decides about a little of it, where no GPU can be asked. */
 enum { USUAL_SM_COUNT = 132, USUAL_CAPABILITY = 90 };
 
@@ -24,8 +24,8 @@ static size_t floats(int64_t rows, int64_t columns) {
 }
 
 int64_t cpl_scratch_norm_pieces(int64_t R, int64_t sm_count) {
-    int64_t blocks = pieces(R, CPL_NORM_ROWS), most = NORM_PIECES_PER_SM * sm_count;
-    return blocks < most ? blocks : most;
+    int64_t blocks = pieces(R, CPL_NORM_ROWS);
+    return blocks < sm_count ? blocks : sm_count;
 }
 size_t cpl_scratch_norm(int64_t R, int64_t C, int64_t sm_count) {
     return floats(3 * cpl_scratch_norm_pieces(R, sm_count), C);
