@@ -18,6 +18,7 @@
     X(INT, vocab, "256", 2, 1 << 24, "tokens", "vocabulary")                                                                       \
     X(CHOICE, precision, "fp32", 0, 0, "fp32|bf16|fp16|tf32", "storage of weights and activations; tf32: as of train")             \
     X(INT, steps, "20", 1, 100000, "steps", "train: timed, after warm-up")                                                         \
+    X(INT, warm_up, "4", 2, 100000, "steps", "train: before; at its power limit a GPU takes seconds to settle")                    \
     X(INT, accumulate, "1", 1, 65536, "micro-batches", "train: of a rank in one step")                                             \
     X(BOOL, profile, "no", 0, 0, "", "train: the step by operation as well")                                                       \
     X(BOOL, fusion, "no", 0, 0, "", "what fused operations save against separate ones; alone: nothing else")                       \

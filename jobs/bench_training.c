@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 enum {
-    WARM_UP = 4,                 /* the first step runs as it is, the next are a graph where the device records one */
     ALONE_MOST = 50,             /* steps timed one by one */
     AHEAD = CPL_STEPS_AHEAD - 1, /* steps enqueued in a row without a wait for one of them */
     MARK = CPL_STEPS_AHEAD + 1,  /* the first mark that the steps leave free */
@@ -122,7 +121,7 @@ static cpl_status enqueue(cpl_bench_trainer *t) {
     return cpl_steps_enqueue(t->steps, t->step++, &stop);
 }
 
-/* n steps, each waited for. */
+/* n steps, each waited for: the first runs as it is, the next are a graph where the device records one. */
 static cpl_status warm_up(cpl_bench_trainer *t, int64_t n) {
     cpl_status st = CPL_OK;
     for (int64_t i = 0; i < n; i++) {
@@ -267,7 +266,7 @@ static cpl_status add_steps(cpl_bench_trainer *t) {
                   held = named(t, "device memory");
     row.tokens = tokens;
     row.flops = tokens * cpl_flops_training(&b->layout->shape);
-    CPL_TRY(warm_up(t, WARM_UP));
+    CPL_TRY(warm_up(t, b->o->warm_up));
     CPL_TRY(time_together(t, &row));
     CPL_TRY(time_alone(t, &alone));
     t->step_seconds = row.seconds;
