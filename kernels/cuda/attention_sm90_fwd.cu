@@ -54,13 +54,13 @@ template <typename T> struct consumer {
 
     /* s becomes p over the maximum so far; keep: what is left of sums over the one before. FIRST: the block on the diagonal, with
      * nothing before it. */
-    template <bool FIRST, int N> __device__ __forceinline__ void softmax(float (&s)[N], float (&keep)[2]) {
+    template <bool FIRST> __device__ __forceinline__ void softmax(float (&s)[64], float (&keep)[2]) {
         int ahead = threadIdx.x % 4 * 2 - (group * HEAD + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float high[4] = {FIRST ? -INFINITY : top[r], -INFINITY, -INFINITY, -INFINITY}, part[2] = {};
 #pragma unroll
-            for (int j = 0; j < N / 4; j++) {
+            for (int j = 0; j < 16; j++) {
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     float &x = s[4 * j + 2 * r + k];
@@ -74,7 +74,7 @@ template <typename T> struct consumer {
             float shift = high[0] * p.scale2;
             keep[r] = FIRST ? 0.0f : exp2_fast(fmaf(top[r], p.scale2, -shift));
 #pragma unroll
-            for (int j = 0; j < N / 4; j++) {
+            for (int j = 0; j < 16; j++) {
                 float x0 = exp2_fast(fmaf(s[4 * j + 2 * r], p.scale2, -shift));
                 float x1 = exp2_fast(fmaf(s[4 * j + 2 * r + 1], p.scale2, -shift));
                 part[0] += x0;
@@ -87,20 +87,17 @@ template <typename T> struct consumer {
         }
     }
 
-    /* One block of keys; first: the one on the diagonal; HALF: of that its first half, which is all that the first group sees.
-     * `before` is let go, if there is one. */
-    template <bool HALF>
+    /* One block of keys; first: the one on the diagonal. `before` is let go, if there is one. */
     __device__ __forceinline__ void block(float (&o)[32], const unsigned char *q, const pair_of_boxes &from, uint64_t *before,
                                           bool first) {
-        constexpr int N = HALF ? 32 : 64;
-        float s[N], keep[2];
-        uint32_t left[N / 2];
+        float s[64], keep[2];
+        uint32_t left[32];
         mma_fence();
         multiply_first<T>(s, q, from.first, group);
         mma_wait<0>(); /* for the second product with the block before, too */
         mma_settled(s);
         mma_settled(o);
-        if (HALF || first) {
+        if (first) {
             softmax<true>(s, keep);
         } else {
             let_go(before);
@@ -111,11 +108,11 @@ template <typename T> struct consumer {
             }
         }
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) {
+        for (int i = 0; i < 32; i++) {
             left[i] = pack<T>(s[2 * i], s[2 * i + 1]);
         }
         mma_fence();
-        multiply_second<T>(o, left, from.second, HALF || first);
+        multiply_second<T>(o, left, from.second, first);
         mma_commit();
     }
 
@@ -134,11 +131,7 @@ template <typename T> struct consumer {
             uint64_t *before = nullptr;
             for (int i = 0; i < now.length; i++, step.advance()) {
                 step.wait_full(m.full);
-                if (i == 0 && group == 0) {
-                    block<true>(o, m.q[use.at], m.stages[step.at], before, true);
-                } else {
-                    block<false>(o, m.q[use.at], m.stages[step.at], before, i == 0);
-                }
+                block(o, m.q[use.at], m.stages[step.at], before, i == 0);
                 before = &m.empty[step.at];
             }
             mma_wait<0>();
