@@ -1,5 +1,6 @@
 /* Backward of LayerNorm, with the residual gradient added behind it. Source: Ba et al. 2016, arXiv:1607.06450.
  * Refuses float atomics: sums over rows are partial sums of a fixed share of rows, added in order. */
+#include "kernels/cuda/norm_rows.cuh"
 #include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/product.h"
 #include "kernels/cuda/scratch.h"
@@ -12,45 +13,12 @@ template <int PACKS> constexpr int stages = 1 + (PACKS < 3 ? 6 / PACKS : 2);
 /* Warps of a block, which is alone on its multiprocessor: as many as have registers for a lane's sums, xhat, g dy and g. */
 template <typename T, int PACKS> constexpr int most_warps = PACKS > (sizeof(T) == 4 ? 4 : 3) ? 8 : 12;
 
-/* A warp's part of rows, PACKS packs a lane, and its place in shared memory, of which a lane reads what it copied itself: waiting
- * for its own copies is all it has to do. */
-template <typename T, int PACKS> struct row_ring {
-    /* elements of a warp's packs, of its part of dy or x or dres, of all three; bytes of a warp's packs */
-    enum { N = pack_of<T>, SPAN = 32 * N, PART = PACKS * SPAN, ROW = 3 * PART, BYTES = 32 * 16 };
-    int lane, group, member, warp; /* rows are a group's; warp `member` of it */
-    int share, column, own;        /* columns of a warp; the lane's first; its pack k is in the row where k SPAN < own */
-    T *at;                         /* the lane's place: [stages][3][PACKS][SPAN] */
-
-    __device__ __forceinline__ row_ring(uint4 *shared, int C, bool wide) {
-        lane = threadIdx.x % 32;
-        /* of one lane, so that the compiler knows them to be the same in all */
-        group = __shfl_sync(0xffffffffu, threadIdx.y, 0);
-        member = wide ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : 0;
-        warp = wide ? group * (int)(blockDim.x / 32) + member : group;
-        int across = blockDim.x / 32 * SPAN;
-        share = wide ? (C + across - 1) / across * SPAN : C;
-        column = member * share + lane * N;
-        own = min(C - column, share - lane * N);
-        at = (T *)shared + warp * stages<PACKS> * ROW + lane * N;
-    }
-    /* Sends for a row; zeros come where there is none, past its end, and for dres where that is NULL. */
-    __device__ __forceinline__ void send(int slot, int64_t row, int64_t C, const T *dy, const T *x, const T *dres) const {
-        int64_t from = row * C + column;
-        int there = row >= 0 ? own : 0, there_too = dres != nullptr ? there : 0;
-        uint32_t to = shared_at(at + slot);
-#pragma unroll
-        for (int k = 0; k < PACKS; k++) {
-            copy16(to + k * BYTES, dy + from + k * SPAN, k * SPAN < there);
-            copy16(to + (PACKS + k) * BYTES, x + from + k * SPAN, k * SPAN < there);
-            copy16(to + (2 * PACKS + k) * BYTES, dres + from + k * SPAN, k * SPAN < there_too);
-        }
-        copies_end();
-    }
-};
+/* Of dy, x and dres. */
+template <typename T, int PACKS> using backward_ring = row_ring<T, PACKS, 3, stages<PACKS>>;
 
 /* Of a row of several warps: its sums a, c over all of them. parts: a place a warp, which its next row but one may take again. */
 template <typename T, int PACKS>
-__device__ __forceinline__ void add_group(float2 *parts, const row_ring<T, PACKS> &ring, float *a, float *c) {
+__device__ __forceinline__ void add_group(float2 *parts, const backward_ring<T, PACKS> &ring, float *a, float *c) {
     int across = blockDim.x / 32, first = ring.group * across;
     if (ring.lane == 0) {
         parts[ring.warp] = make_float2(*a, *c);
@@ -66,7 +34,7 @@ __device__ __forceinline__ void add_group(float2 *parts, const row_ring<T, PACKS
 
 /* The warps' sums over rows, through shared memory where their rows were, to partial [SUMS][blocks][C]. */
 template <typename T, int PACKS, int SUMS>
-__device__ __forceinline__ void write_sums(float *partial, uint4 *shared, const row_ring<T, PACKS> &ring, int C,
+__device__ __forceinline__ void write_sums(float *partial, uint4 *shared, const backward_ring<T, PACKS> &ring, int C,
                                            const float (&sum)[SUMS][PACKS][pack_of<T>]) {
     constexpr int N = pack_of<T>, FOURS = PACKS * N / 4 * 32; /* of a warp: [PACKS][N / 4][32] */
     constexpr int APART = stages<PACKS> * 3 * PACKS * 32;     /* 16-byte places of a warp */
@@ -103,15 +71,13 @@ __device__ __forceinline__ void write_sums(float *partial, uint4 *shared, const 
 }
 
 /* dx = rstd (g dy - a - xhat c) + dres with a, c the means of g dy and of g dy xhat. partial [SUMS][blocks][C]: sums of dy xhat, of
- * dy and of dx over the rows of a block, which is (32, groups): a row a warp, or WIDE: (32 warps of a row, groups). The last rows
- * come first: what the product before wrote last is in the cache still, and what the next one reads first will be. */
+ * dy and of dx over the rows of a block, which has a row a warp, or WIDE: a row several. */
 template <typename T, int PACKS, int SUMS, bool WIDE>
 __global__ void __launch_bounds__(32 * most_warps<T, PACKS>, 1)
     backward_kernel(T *dx, float *partial, const T *dy, const T *dres, const T *x, const float *mean, const float *rstd, const T *g,
                     int64_t R, int C) {
-    using ring_of = row_ring<T, PACKS>;
-    constexpr int N = pack_of<T>, PAIR = N / 4, SPAN = ring_of::SPAN, PART = ring_of::PART;
-    constexpr int AHEAD = stages<PACKS> - 1, LAST = AHEAD * ring_of::ROW;
+    using ring_of = backward_ring<T, PACKS>;
+    constexpr int N = pack_of<T>, PAIR = N / 4, SPAN = ring_of::SPAN, PART = ring_of::PART, AHEAD = stages<PACKS> - 1;
     extern __shared__ uint4 shared[];
     __shared__ float2 parts[2][most_warps<T, PACKS>]; /* WIDE */
     const ring_of ring(shared, C, WIDE);
@@ -121,16 +87,15 @@ __global__ void __launch_bounds__(32 * most_warps<T, PACKS>, 1)
     for (int k = 0; k < PACKS; k++) {
         gain[k] = k * SPAN < ring.own ? load_words(g + ring.column + k * SPAN) : words<T>{};
     }
-    /* Side by side in different blocks, so that these differ by one row at the most. */
-    int64_t row = R - 1 - (ring.group * (int64_t)gridDim.x + blockIdx.x), stride = gridDim.x * (int64_t)blockDim.y;
+    int64_t row = ring.first(R), stride = ring.stride();
 #pragma unroll
     for (int s = 0; s < AHEAD; s++) {
-        ring.send(s * ring_of::ROW, row - s * stride, C, dy, x, dres);
+        ring.send(s * ring_of::ROW, row - s * stride, C, dres, dy, x);
     }
 #pragma unroll 1
-    for (int full = 0, empty = LAST, turn = 0; row >= 0; row -= stride, turn++) {
+    for (int full = 0, empty = ring_of::LAST, turn = 0; row >= 0; row -= stride, turn++) {
         float t[PACKS][N], hat[PACKS][N], a = 0, c = 0;
-        ring.send(empty, row - AHEAD * stride, C, dy, x, dres);
+        ring.send(empty, row - AHEAD * stride, C, dres, dy, x);
         if (turn % 32 == 0 && row >= ring.lane * stride) { /* of the next 32 rows, one a lane */
             means = mean[row - ring.lane * stride];
             rstds = rstd[row - ring.lane * stride];
@@ -141,8 +106,7 @@ __global__ void __launch_bounds__(32 * most_warps<T, PACKS>, 1)
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             words<T> up = load_words(own + k * SPAN), in = load_words(own + PART + k * SPAN);
-            /* else the compiler keeps them converted, in twice as many registers */
-            asm volatile("" : "+r"(gain[k].at[0]), "+r"(gain[k].at[1]), "+r"(gain[k].at[2]), "+r"(gain[k].at[3]));
+            held(&gain[k]);
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 float d = up.f32(j);
@@ -182,7 +146,7 @@ __global__ void __launch_bounds__(32 * most_warps<T, PACKS>, 1)
             }
         }
         empty = full;
-        full = full == LAST ? 0 : full + ring_of::ROW;
+        full = full == ring_of::LAST ? 0 : full + ring_of::ROW;
     }
     write_sums<T, PACKS, SUMS>(partial, shared, ring, C, sum);
 }
@@ -229,17 +193,15 @@ __global__ void backward_any_sums_kernel(float *partial, const T *dy, const T *x
     partial[(gridDim.x + blockIdx.x) * C + column] = db;
 }
 
-/* A kernel for aligned rows and what its warps take. */
-template <typename T> struct row_plan {
-    void (*kernel)(T *, float *, const T *, const T *, const T *, const float *, const float *, const T *, int64_t, int);
-    int64_t warps, columns, bytes; /* of a block at the most; of a row at the most; of shared memory */
-};
-template <typename T, int PACKS, bool WIDE = false> row_plan<T> plan_of(bool biased) {
-    using ring = row_ring<T, PACKS>;
+template <typename T>
+using backward_plan =
+    row_plan<T *, float *, const T *, const T *, const T *, const float *, const float *, const T *, int64_t, int>;
+template <typename T, int PACKS, bool WIDE = false> backward_plan<T> plan_of(bool biased) {
+    using ring = backward_ring<T, PACKS>;
     return {biased ? backward_kernel<T, PACKS, 3, WIDE> : backward_kernel<T, PACKS, 2, WIDE>, most_warps<T, PACKS>, ring::PART,
             (int64_t)sizeof(T) * stages<PACKS> * ring::ROW};
 }
-template <typename T> row_plan<T> plan_for(int64_t C, bool biased) {
+template <typename T> backward_plan<T> plan_for(int64_t C, bool biased) {
     int64_t packs = cpl_ceil_div(C, 32 * pack_of<T>);
     if constexpr (sizeof(T) == 4) {
         if (packs > 4 && packs <= 8) {
@@ -257,26 +219,11 @@ template <typename T> row_plan<T> plan_for(int64_t C, bool biased) {
 template <typename T>
 cudaError_t backward_aligned(bool *done, cpl_device *dev, int pieces, T *dx, float *partial, bool biased, const T *dy,
                              const T *dres, const T *x, const float *mean, const float *rstd, const T *g, int64_t R, int64_t C) {
-    size_t limit = 0;
     *done = false;
     if (C % pack_of<T> != 0 || !aligned16(dx, dy, dres, x, g)) {
         return cudaSuccess;
     }
-    row_plan<T> plan = plan_for<T>(C, biased);
-    cudaError_t error = shared_limit(dev, &limit);
-    int64_t fit = (int64_t)limit / plan.bytes, across = cpl_ceil_div(C, plan.columns);
-    int64_t groups = (fit < plan.warps ? fit : plan.warps) / across;
-    if (error != cudaSuccess || groups == 0) {
-        return error;
-    }
-    int bytes = (int)(groups * across * plan.bytes);
-    error = cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess) {
-        plan.kernel<<<pieces, dim3((unsigned)(32 * across), (unsigned)groups), bytes, cpl_cuda_stream(dev)>>>(
-            dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
-        *done = true;
-    }
-    return error;
+    return launch_rows(done, dev, plan_for<T>(C, biased), C, pieces, dx, partial, dy, dres, x, mean, rstd, g, R, (int)C);
 }
 
 } // namespace

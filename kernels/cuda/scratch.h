@@ -10,7 +10,7 @@ extern "C" {
 #endif
 
 enum {
-    CPL_NORM_ROWS = 8,       /* layernorm_bwd: rows that are worth a block */
+    CPL_NORM_ROWS = 8,       /* layernorm: rows that are worth a block */
     CPL_EMBED_PIECE = 16,    /* embed_bwd: sorted places of a block */
     CPL_GELU_TILE = 128,     /* product_gelu_bwd: rows of a tile */
     CPL_ATTENTION_PIECE = 64 /* attention_bwd on sm_90: rows that one partial sum is of */
