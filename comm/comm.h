@@ -56,10 +56,8 @@ cpl_status cpl_comm_agree_word(cpl_comm *c, uint32_t *word);
 /* --- data plane: device buffers over the flat layout --- */
 /* Collective. Where every rank of the group has a CUDA GPU of its own, its device memory from now on goes through NCCL; otherwise
  * (ranks that share a GPU, which NCCL refuses; the CPU; a build without NCCL) through host memory over MPI, and the log says why.
- * Sums of a pair of ranks on one host go from GPU to GPU by copy engines, where the GPUs reach each other's memory.
- * Environment: CUPEL_NCCL=0 takes MPI; CUPEL_NCCL=1 demands NCCL, also for a group of one rank; CUPEL_PEER on rank 0, 0 or 1: no
- * copies, or demanded of a pair. Does nothing where this device is attached already. Errors: CPL_UNSUPPORTED where what is demanded
- * is impossible; CPL_USAGE for another value. */
+ * Environment: CUPEL_NCCL=0 takes MPI; CUPEL_NCCL=1 demands NCCL, also for a group of one rank. Does nothing where this device is
+ * attached already. Errors: CPL_UNSUPPORTED where NCCL is demanded and impossible; CPL_USAGE for another value. */
 cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev);
 /* Collective: before the device is destroyed, after all graphs that hold calls of this group. cpl_comm_destroy does it too. */
 void cpl_comm_detach(cpl_comm *c);
@@ -73,9 +71,9 @@ bool cpl_comm_enqueues(const cpl_comm *c);
 /* Whether these calls can run beside the device's other work: NCCL. */
 bool cpl_comm_overlaps(const cpl_comm *c);
 /* Whether the sum of a gradient over the ranks should begin while the backward pass still runs: between hosts, whose network is
- * slow, and where copy engines carry it. NCCL within a host takes multiprocessors away from the matrix products, which fill the
- * GPU, and that costs about the time that NVLink needs for the sum afterwards (124M on 2 H100: 60.2 against 59.9 ms a step).
- * Environment: CUPEL_OVERLAP=0 or 1 on rank 0 decides. */
+ * slow. Within a host the multiprocessors that NCCL takes away from the matrix products, which fill the GPU, cost about the time
+ * that NVLink needs for the sum afterwards (124M on 2 H100: 60.2 against 59.9 ms a step). Environment: CUPEL_OVERLAP=0 or 1 on rank
+ * 0 decides. */
 bool cpl_comm_sums_early(const cpl_comm *c);
 /* Waits for a mark (cpl_device_wait) behind which such calls may be. Where NCCL reports an error, the device fails or a rank of
  * this host has ended, several ranks cannot free a GPU that waits for another: then the process ends here (cpl_comm_end). doing:

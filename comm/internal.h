@@ -40,12 +40,9 @@ typedef struct {
     cpl_status (*fork)(cpl_plane *p); /* what follows here waits for what the device has in its order now */
     cpl_status (*join)(cpl_plane *p); /* what follows on the device waits for what is enqueued here */
     cpl_status (*max_u32)(cpl_plane *p, uint32_t *word);
-    /* Of a sum over the parts begin [size+1] these are final; after all of them `reduced`: rank r has the sum of its part, for what
-     * follows on the device, which waits as after join. */
-    cpl_status (*reduce)(cpl_plane *p, float *x, const int64_t *begin, const int64_t *first, const int64_t *count);
-    cpl_status (*reduced)(cpl_plane *p, float *x, const int64_t *begin);
-    cpl_status (*gather)(cpl_plane *p, char *x, const int64_t *first, const int64_t *count); /* everybody gets every part */
-    cpl_status (*exchange)(cpl_plane *p, const cpl_piece *to, const cpl_piece *from);        /* as of cpl_comm_ops; device memory */
+    cpl_status (*reduce)(cpl_plane *p, float *x, const int64_t *first, const int64_t *count); /* rank r gets the sum of its part */
+    cpl_status (*gather)(cpl_plane *p, char *x, const int64_t *first, const int64_t *count);  /* everybody gets every part */
+    cpl_status (*exchange)(cpl_plane *p, const cpl_piece *to, const cpl_piece *from); /* as of cpl_comm_ops; device memory */
     cpl_status (*check)(cpl_plane *p); /* an error that came after a call had returned */
     void (*close)(cpl_plane *p);       /* collective; frees p */
 } cpl_plane_ops;
@@ -56,34 +53,23 @@ struct cpl_plane {
     float *stage;             /* owned, device memory: parts of other ranks in a sum by tree */
     size_t stage_size;        /* elements of it */
     bool early;               /* sums begin while the device still works: cpl_comm_sums_early */
-    bool copies;              /* sums take no multiprocessor */
 };
-typedef enum { CPL_NCCL_AUTO, CPL_NCCL_NEVER, CPL_NCCL_ALWAYS } cpl_nccl_wish; /* an environment variable: unset, 0, 1 */
-/* Collective, after all agreed to take it. peer: whether copies between the GPUs of a pair are tried, or demanded (comm/peer.h).
- * Ends the job where NCCL does not come up on all ranks. */
-cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev, cpl_nccl_wish peer);
-/* Bytes of the mailbox of such a pair, for parts of `longest` elements: two words, and the other rank's share of a sum. LEAST:
- * below 2 MiB CUDA gives several buffers one block of memory, and a handle stands for the block. */
-enum { CPL_PEER_WORDS = 256, CPL_PEER_LEAST = 1 << 20 };
-static inline int64_t cpl_peer_bytes(int64_t longest) {
-    return CPL_PEER_WORDS + (longest > CPL_PEER_LEAST ? longest : CPL_PEER_LEAST) * (int64_t)sizeof(float);
-}
+/* Collective, after all agreed to take it. Ends the job where NCCL does not come up on all ranks. */
+cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev);
 bool cpl_nccl_built(void);
 void cpl_nccl_library(char *out, size_t size); /* "2.28.9", or that it is not in this build */
 
 /* Who a rank is when the plane is chosen. */
+typedef enum { CPL_NCCL_AUTO, CPL_NCCL_NEVER, CPL_NCCL_ALWAYS } cpl_nccl_wish; /* CUPEL_NCCL, CUPEL_OVERLAP: unset, 0, 1 */
 typedef struct {
     char host[65], gpu[63]; /* cpl_device_identity */
     int8_t wish, built;
-    int8_t overlap, peer; /* CUPEL_OVERLAP, CUPEL_PEER; of rank 0 they count */
+    int8_t overlap; /* CUPEL_OVERLAP; of rank 0 it counts */
 } cpl_place;
 /* Whether the ranks at place [size] exchange through NCCL; why not: in why. */
 bool cpl_plane_chosen(const cpl_place *place, int size, char *why, size_t bytes);
-/* Whether their sums begin early: as CUPEL_OVERLAP of rank 0 says, else where they are on several hosts or go by copies. */
-bool cpl_plane_early(const cpl_place *place, int size, bool copies);
-/* Whether a pair's copies are tried, or demanded: as CUPEL_PEER of rank 0 says; CPL_NCCL_NEVER for any group that is no pair of one
- * host. */
-cpl_nccl_wish cpl_plane_peer(const cpl_place *place, int size);
+/* Whether their sums begin early: as CUPEL_OVERLAP of rank 0 says, else where they are on several hosts. */
+bool cpl_plane_early(const cpl_place *place, int size);
 /* Sum and collection by the plane of c, of parts that have been checked. */
 cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin);
 /* What of elements [first, last) each rank owns, summed to it; enqueued on the plane alone. */

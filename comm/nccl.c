@@ -1,7 +1,6 @@
 /* NCCL: one communicator a group, on a stream of its own beside the device's; the one place that maps NCCL's return codes.
  * Refuses to wait for ever for a rank that does not come, and to go on where one of several ranks could not enqueue. */
-#include "comm/peer.h"
-#include "io/base/log.h"
+#include "comm/internal.h"
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 #include <pthread.h>
@@ -16,7 +15,6 @@ typedef struct {
     ncclComm_t comm;
     cudaStream_t stream;      /* owned */
     cudaEvent_t forked, join; /* owned */
-    cpl_peer *peer;           /* owned, NULL: NCCL sums */
 } nccl_plane;
 
 static nccl_plane *of(cpl_plane *p) {
@@ -74,12 +72,8 @@ done:
     return st;
 }
 
-static cpl_status nccl_reduce(cpl_plane *p, float *x, const int64_t *begin, const int64_t *first, const int64_t *count) {
+static cpl_status nccl_reduce(cpl_plane *p, float *x, const int64_t *first, const int64_t *count) {
     cpl_status st = CPL_OK;
-    if (of(p)->peer != NULL) {
-        int other = 1 - p->comm->rank;
-        return all_or_none(p, cpl_peer_give(of(p)->peer, x, begin, first[other], count[other]), "sum over ranks");
-    }
     NCCL_TRY(p, "sum over ranks", ncclGroupStart());
     for (int r = 0; r < p->comm->size; r++) {
         if (count[r] > 0) {
@@ -91,10 +85,6 @@ static cpl_status nccl_reduce(cpl_plane *p, float *x, const int64_t *begin, cons
     NCCL_TRY(p, "sum over ranks", ncclGroupEnd());
 done:
     return st;
-}
-
-static cpl_status nccl_reduced(cpl_plane *p, float *x, const int64_t *begin) {
-    return of(p)->peer != NULL ? all_or_none(p, cpl_peer_add(of(p)->peer, x, begin), "sum over ranks") : nccl_join(p);
 }
 
 /* Equal parts one after another, as ncclAllGather has them. */
@@ -157,7 +147,6 @@ done:
 /* Where MPI has failed the process is about to end, and NCCL's own end would wait for ranks that may be gone. */
 static void nccl_close(cpl_plane *p) {
     nccl_plane *n = of(p);
-    cpl_peer_close(&n->peer);
     if (n->comm != NULL && !cpl_comm_mpi_broken()) {
         cpl_watchdog_beat("the end of NCCL");
         ncclCommDestroy(n->comm);
@@ -178,7 +167,6 @@ static const cpl_plane_ops nccl_ops = {.fork = nccl_fork,
                                        .join = nccl_join,
                                        .max_u32 = nccl_max_u32,
                                        .reduce = nccl_reduce,
-                                       .reduced = nccl_reduced,
                                        .gather = nccl_gather,
                                        .exchange = nccl_exchange,
                                        .check = nccl_check,
@@ -271,23 +259,7 @@ done:
     return st;
 }
 
-/* Errors: CPL_UNSUPPORTED where copies are demanded and cannot be. */
-static cpl_status open_peer(nccl_plane *n, cpl_comm *c, cpl_device *dev, cpl_nccl_wish wish) {
-    cpl_status st = CPL_OK;
-    char why[CPL_MESSAGE_MAX] = "";
-    CPL_TRY(cpl_peer_open(&n->peer, c, dev, n->stream, why, sizeof why));
-    if (n->peer == NULL && wish == CPL_NCCL_ALWAYS) {
-        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_PEER=1 demands copies between the GPUs, which cannot be: %s", why);
-    }
-    if (n->peer == NULL) {
-        cpl_log_info("not by copies between the GPUs: %s", why);
-    }
-    n->base.copies = n->peer != NULL;
-done:
-    return st;
-}
-
-cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev, cpl_nccl_wish peer) {
+cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev) {
     cpl_status st = CPL_OK;
     nccl_plane *n = NULL;
     starting *s = NULL;
@@ -301,9 +273,6 @@ cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev, cpl_nccl
     CPL_TRY(cpl_agree(c, local));
     CPL_TRY(c->ops->bcast(c, &s->id, sizeof s->id, 0));
     CPL_TRY(start(n, s));
-    if (peer != CPL_NCCL_NEVER) {
-        CPL_TRY(open_peer(n, c, dev, peer));
-    }
     *out = &n->base;
     n = NULL;
 done:

@@ -42,21 +42,16 @@ bool cpl_plane_chosen(const cpl_place *place, int size, char *why, size_t bytes)
     return true;
 }
 
-static bool on_one_host(const cpl_place *place, int size) {
+bool cpl_plane_early(const cpl_place *place, int size) {
+    if (place[0].overlap != CPL_NCCL_AUTO) {
+        return place[0].overlap == CPL_NCCL_ALWAYS;
+    }
     for (int r = 1; r < size; r++) {
         if (strcmp(place[r].host, place[0].host) != 0) {
-            return false;
+            return true;
         }
     }
-    return true;
-}
-
-bool cpl_plane_early(const cpl_place *place, int size, bool copies) {
-    return place[0].overlap != CPL_NCCL_AUTO ? place[0].overlap == CPL_NCCL_ALWAYS : copies || !on_one_host(place, size);
-}
-
-cpl_nccl_wish cpl_plane_peer(const cpl_place *place, int size) {
-    return size == 2 && on_one_host(place, size) ? (cpl_nccl_wish)place[0].peer : CPL_NCCL_NEVER;
+    return false;
 }
 
 static cpl_status find_wish(const char *name, int8_t *wish) {
@@ -74,16 +69,8 @@ done:
     return st;
 }
 
-/* Which way the data goes. */
-typedef struct {
-    bool chosen, demanded; /* NCCL */
-    bool early[2];         /* sums begin early: where NCCL makes them, where copies do */
-    cpl_nccl_wish peer;
-    char why[128]; /* not by NCCL */
-} route;
-
 /* Collective: the same answer on all ranks, for it is made of the same table. */
-static cpl_status choose(cpl_comm *c, cpl_device *dev, route *to) {
+static cpl_status choose(cpl_comm *c, cpl_device *dev, bool *chosen, bool *demanded, bool *early, char *why, size_t size) {
     cpl_status st = CPL_OK;
     cpl_place *place = NULL;
     CPL_TRY(cpl_agree(c, cpl_alloc(&place, (size_t)c->size, sizeof *place, "places of the ranks")));
@@ -96,19 +83,16 @@ static cpl_status choose(cpl_comm *c, cpl_device *dev, route *to) {
     }
     own->built = cpl_nccl_built();
     cpl_status wishes = find_wish("CUPEL_NCCL", &own->wish);
-    wishes = wishes == CPL_OK ? find_wish("CUPEL_OVERLAP", &own->overlap) : wishes;
-    CPL_TRY(cpl_agree(c, wishes == CPL_OK ? find_wish("CUPEL_PEER", &own->peer) : wishes));
+    CPL_TRY(cpl_agree(c, wishes == CPL_OK ? find_wish("CUPEL_OVERLAP", &own->overlap) : wishes));
     for (int r = 0; r <= c->size; r++) {
         c->offset[r] = (int64_t)r * (int64_t)sizeof *place;
     }
     CPL_TRY(c->ops->allgather(c, place, c->offset));
-    *to = (route){.peer = cpl_plane_peer(place, c->size)};
-    to->chosen = cpl_plane_chosen(place, c->size, to->why, sizeof to->why);
-    for (int copies = 0; copies < 2; copies++) {
-        to->early[copies] = cpl_plane_early(place, c->size, copies == 1);
-    }
+    *chosen = cpl_plane_chosen(place, c->size, why, size);
+    *early = cpl_plane_early(place, c->size);
+    *demanded = false;
     for (int r = 0; r < c->size; r++) {
-        to->demanded = to->demanded || place[r].wish == CPL_NCCL_ALWAYS;
+        *demanded = *demanded || place[r].wish == CPL_NCCL_ALWAYS;
     }
 done:
     cpl_free(&place);
@@ -117,9 +101,10 @@ done:
 
 cpl_status cpl_comm_route(cpl_comm *c, cpl_device *dev, char *out, size_t size) {
     cpl_status st = CPL_OK;
-    route r;
-    CPL_TRY(choose(c, dev, &r));
-    snprintf(out, size, "%s%s", r.chosen ? "NCCL" : c->size > 1 ? "host memory over MPI: " : "", r.why);
+    bool chosen = false, demanded = false, early = false;
+    char why[128];
+    CPL_TRY(choose(c, dev, &chosen, &demanded, &early, why, sizeof why));
+    snprintf(out, size, "%s%s", chosen ? "NCCL" : c->size > 1 ? "host memory over MPI: " : "", why);
 done:
     return st;
 }
@@ -128,38 +113,29 @@ void cpl_comm_nccl(char *out, size_t size) {
     cpl_nccl_library(out, size);
 }
 
-/* What people are told, once a group. */
-static void tell(cpl_comm *c, const route *r) {
-    char version[64];
-    cpl_nccl_library(version, sizeof version);
-    if (r->chosen) {
-        cpl_log_info("%d rank%s exchange%s device memory through NCCL %s%s", c->size, c->size == 1 ? "" : "s",
-                     c->size == 1 ? "s" : "", version, c->plane->copies ? ", gradients by copies between the GPUs" : "");
-    } else {
-        cpl_log_info("%d ranks exchange device memory over MPI: %s", c->size, r->why);
-    }
-    c->told = true;
-}
-
 cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev) {
     cpl_status st = CPL_OK;
-    route r;
+    bool chosen = false, demanded = false, early = false;
+    char why[128], version[64];
     if (cpl_by_plane(c, dev)) {
         return CPL_OK;
     }
     cpl_comm_detach(c);
-    CPL_TRY(choose(c, dev, &r));
-    if (!r.chosen && r.demanded) {
-        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_NCCL=1 demands NCCL, which cannot be used: %s", r.why);
+    CPL_TRY(choose(c, dev, &chosen, &demanded, &early, why, sizeof why));
+    if (!chosen && demanded) {
+        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_NCCL=1 demands NCCL, which cannot be used: %s", why);
     }
-    if (r.chosen) {
-        CPL_TRY(cpl_nccl_open(&c->plane, c, dev, r.peer));
+    if (chosen) {
+        CPL_TRY(cpl_nccl_open(&c->plane, c, dev));
         c->plane->comm = c;
         c->plane->dev = dev;
-        c->plane->early = r.early[c->plane->copies];
+        c->plane->early = early;
     }
-    if (!c->told && !cpl_on_host(dev) && (c->size > 1 || r.chosen)) {
-        tell(c, &r);
+    if (!c->told && !cpl_on_host(dev) && (c->size > 1 || chosen)) {
+        cpl_nccl_library(version, sizeof version);
+        cpl_log_info(chosen ? "%d ranks exchange device memory through NCCL %s" : "%d ranks exchange device memory over MPI: %s",
+                     c->size, chosen ? version : why);
+        c->told = true;
     }
 done:
     return st;

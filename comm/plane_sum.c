@@ -10,9 +10,6 @@ int64_t cpl_plane_slice(int64_t longest) {
 }
 
 int64_t cpl_reduction_bytes(int64_t longest, int ranks, bool exact) {
-    if (ranks == 2) {
-        return cpl_peer_bytes(longest);
-    }
     return exact && ranks > 2 ? (ranks - 1) * cpl_plane_slice(longest) * (int64_t)sizeof(float) : 0;
 }
 
@@ -86,7 +83,7 @@ cpl_status cpl_plane_reduce(cpl_comm *c, float *x, const int64_t *begin, int64_t
         c->count[r] = to > from ? to - from : 0;
         sum += c->count[r];
     }
-    return sum == 0 ? CPL_OK : c->plane->ops->reduce(c->plane, x, begin, c->first, c->count);
+    return sum == 0 ? CPL_OK : c->plane->ops->reduce(c->plane, x, c->first, c->count);
 }
 
 /* The sum of two is the tree over two, whoever adds. */
@@ -96,7 +93,7 @@ cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin)
     if (c->size <= 2) {
         CPL_TRY(p->ops->fork(p));
         CPL_TRY(cpl_plane_reduce(c, x, begin, begin[0], begin[c->size]));
-        return p->ops->reduced(p, x, begin);
+        return p->ops->join(p);
     }
     int64_t slice = cpl_plane_slice(longest_part(begin, c->size)), rounds = cpl_parts_rounds(c, begin, slice);
     CPL_TRY(stage_ensure(p, (c->size - 1) * slice));
@@ -198,7 +195,7 @@ cpl_status cpl_reduction_end(cpl_reduction *r) {
         return cpl_comm_reduce_scatter(r->comm, r->dev, r->x, r->begin);
     }
     CPL_TRY(flush(r));
-    CPL_TRY(r->comm->plane->ops->reduced(r->comm->plane, r->x, r->begin));
+    CPL_TRY(r->comm->plane->ops->join(r->comm->plane));
 done:
     return st;
 }

@@ -3,14 +3,13 @@
 #include "jobs/plan_stage.h"
 #include "jobs/metrics.h"
 #include "jobs/model/flops.h"
+#include "kernels/pack.h"
 #include "jobs/optim/optimizer.h"
 #include "jobs/quantize_model.h"
 #include "jobs/select.h"
 #include "jobs/study/grid.h"
 #include "jobs/trainer_step.h"
 #include "jobs/training_stage.h"
-#include "kernels/gpus.h"
-#include "kernels/pack.h"
 #include <string.h>
 
 int64_t cpl_plan_memory_sum(const cpl_plan_memory *m) {
@@ -92,17 +91,6 @@ static cpl_plan_memory pruning_memory(const char *kind, const cpl_layout *l, con
                              .workspaces = workspaces(kind, l, CPL_F32, 0, false)};
 }
 
-/* Whether ranks of this kind would have a GPU each: taken to be so where this machine has none. */
-static bool gpu_each(const char *kind, int64_t ranks) {
-    cpl_gpu *list = NULL;
-    int count = 0;
-    if (strcmp(kind, "cuda") == 0 && cpl_alloc(&list, CPL_GPUS_MAX, sizeof *list, "list of GPUs") == CPL_OK) {
-        count = cpl_gpus(list);
-        cpl_free(&list);
-    }
-    return strcmp(kind, "cuda") == 0 && (count == 0 || count >= ranks);
-}
-
 /* The trainer's memory: cpl_optimizer_create, cpl_steps_create, and what trainer.c allocates. */
 static cpl_status training_memory(const char *kind, const cpl_layout *l, const cpl_training *t, int64_t ranks, bool masked,
                                   cpl_plan_memory *m) {
@@ -116,7 +104,7 @@ static cpl_status training_memory(const char *kind, const cpl_layout *l, const c
     m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * begin[1]);
     m->gradients = 4 * l->total;
     m->moments = begin[1] * (8 + masked);
-    m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked, gpu_each(kind, ranks)) - m->weights - m->gradients - m->moments;
+    m->other = cpl_optimizer_bytes(l, t, (int)ranks, 0, masked, strcmp(kind, "cuda") == 0) - m->weights - m->gradients - m->moments;
     int64_t evaluation = evaluation_buffers(l, t->micro_batch), histogram = 8 * CPL_M_GROUPS * CPL_M_EXPONENTS + 4;
     m->other += cpl_steps_bytes(l, t, (int)ranks) + (evaluation > histogram ? evaluation : histogram); /* one after the other */
     for (int64_t n = mine; t->reduction == CPL_REDUCTION_TREE && n > 1; n = (n + 1) / 2) {

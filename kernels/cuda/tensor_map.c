@@ -1,7 +1,6 @@
 /* Descriptions of matrices for the bulk tensor copy engine, by the driver.
  * Refuses to link with the driver's library: machines without a GPU have none, so its one call is asked for. */
 #include "kernels/cuda/tensor_map.h"
-#include "kernels/cuda/driver.h"
 
 typedef CUresult (*encode_call)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
                                 const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -11,7 +10,14 @@ static encode_call find_encode(void) {
     static bool asked;
     static void *call;
     if (!asked) {
-        call = cpl_cuda_driver_call("cuTensorMapEncodeTiled");
+        enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+        cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &call, 12000, cudaEnableDefault, &found);
+#else
+        cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &call, cudaEnableDefault, &found);
+#endif
+        (void)cudaGetLastError();
+        call = error == cudaSuccess && found == cudaDriverEntryPointSuccess ? call : NULL;
         asked = true;
     }
     return (encode_call)(uintptr_t)call;

@@ -108,12 +108,9 @@ static cpl_status fake_join(cpl_plane *p) {
 static cpl_status fake_max_u32(cpl_plane *p, uint32_t *word) {
     return fake_take(p, (fake_call){.what = 0, .x = word});
 }
-static cpl_status fake_reduce(cpl_plane *p, float *x, const int64_t *begin, const int64_t *first, const int64_t *count) {
+static cpl_status fake_reduce(cpl_plane *p, float *x, const int64_t *first, const int64_t *count) {
     ((fake_plane *)p)->reduces++;
     return fake_take(p, fake_parts(p, 1, x, first, count));
-}
-static cpl_status fake_reduced(cpl_plane *p, float *x, const int64_t *begin) {
-    return fake_join(p);
 }
 static cpl_status fake_gather(cpl_plane *p, char *x, const int64_t *first, const int64_t *count) {
     ((fake_plane *)p)->gathers++;
@@ -139,7 +136,6 @@ static fake_plane *fake_attach(cpl_comm *c, cpl_device *dev, bool late) {
                                       .join = fake_join,
                                       .max_u32 = fake_max_u32,
                                       .reduce = fake_reduce,
-                                      .reduced = fake_reduced,
                                       .gather = fake_gather,
                                       .exchange = fake_exchange,
                                       .check = fake_check,

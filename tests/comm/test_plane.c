@@ -6,10 +6,10 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-static const cpl_place two_hosts[4] = {{"a", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO},
-                                       {"a", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO},
-                                       {"b", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO},
-                                       {"b", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO}};
+static const cpl_place two_hosts[4] = {{"a", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
+                                       {"a", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
+                                       {"b", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
+                                       {"b", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO}};
 static cpl_place place[4];
 static char why[128];
 
@@ -46,30 +46,14 @@ static void test_one_rank_takes_nccl_where_it_is_demanded(void **state) {
     assert_true(cpl_plane_chosen(place, 1, why, sizeof why));
 }
 
-static void test_sums_begin_early_between_hosts_or_by_copies_or_as_rank_0_says(void **state) {
+static void test_sums_begin_early_between_hosts_or_as_rank_0_says(void **state) {
     memcpy(place, two_hosts, sizeof place);
-    assert_true(cpl_plane_early(place, 4, false) && !cpl_plane_early(place, 2, false) && !cpl_plane_early(place, 1, false));
-    assert_true(cpl_plane_early(place, 2, true));
+    assert_true(cpl_plane_early(place, 4) && !cpl_plane_early(place, 2) && !cpl_plane_early(place, 1));
     place[0].overlap = CPL_NCCL_NEVER;
-    assert_false(cpl_plane_early(place, 4, false) || cpl_plane_early(place, 2, true));
+    assert_false(cpl_plane_early(place, 4));
     place[0].overlap = CPL_NCCL_ALWAYS;
     place[1].overlap = CPL_NCCL_NEVER;
-    assert_true(cpl_plane_early(place, 2, false));
-}
-
-static void test_a_pair_of_one_host_copies_unless_rank_0_says_otherwise(void **state) {
-    memcpy(place, two_hosts, sizeof place);
-    assert_int_equal(cpl_plane_peer(place, 2), CPL_NCCL_AUTO);
-    assert_int_equal(cpl_plane_peer(place, 1), CPL_NCCL_NEVER);
-    assert_int_equal(cpl_plane_peer(place, 4), CPL_NCCL_NEVER);
-    place[0].peer = CPL_NCCL_ALWAYS;
-    assert_int_equal(cpl_plane_peer(place, 2), CPL_NCCL_ALWAYS);
-    place[0].peer = CPL_NCCL_NEVER;
-    place[1].peer = CPL_NCCL_ALWAYS;
-    assert_int_equal(cpl_plane_peer(place, 2), CPL_NCCL_NEVER);
-    place[0].peer = CPL_NCCL_ALWAYS;
-    strcpy(place[1].host, "b");
-    assert_int_equal(cpl_plane_peer(place, 2), CPL_NCCL_NEVER);
+    assert_true(cpl_plane_early(place, 2));
 }
 
 static void test_slices_cover_a_part_once_and_start_at_chunks(void **state) {
@@ -88,10 +72,9 @@ static void test_slices_cover_a_part_once_and_start_at_chunks(void **state) {
     }
 }
 
-/* The plan counts it whether NCCL will be there or not: it must not matter. A pair has a mailbox for a part. */
+/* The plan counts it whether NCCL will be there or not: it must not matter. */
 static void test_sum_by_tree_takes_little_memory_beside_the_buffer(void **state) {
-    assert_int_equal(cpl_reduction_bytes(1 << 20, 2, true), cpl_peer_bytes(1 << 20));
-    assert_true(cpl_peer_bytes(1 << 20) > 4 << 20 && cpl_peer_bytes(1 << 20) <= (4 << 20) + 4096);
+    assert_int_equal(cpl_reduction_bytes(1 << 20, 2, true), 0);
     assert_int_equal(cpl_reduction_bytes(1 << 20, 8, false), 0);
     for (int ranks = 4; ranks <= 64; ranks *= 2) {
         for (int64_t total = 1 << 24; total <= (int64_t)1 << 34; total *= 4) {
@@ -106,8 +89,7 @@ int main(void) {
         cmocka_unit_test(test_ranks_with_a_gpu_each_take_nccl),
         cmocka_unit_test(test_what_keeps_ranks_from_nccl_is_named),
         cmocka_unit_test(test_one_rank_takes_nccl_where_it_is_demanded),
-        cmocka_unit_test(test_sums_begin_early_between_hosts_or_by_copies_or_as_rank_0_says),
-        cmocka_unit_test(test_a_pair_of_one_host_copies_unless_rank_0_says_otherwise),
+        cmocka_unit_test(test_sums_begin_early_between_hosts_or_as_rank_0_says),
         cmocka_unit_test(test_slices_cover_a_part_once_and_start_at_chunks),
         cmocka_unit_test(test_sum_by_tree_takes_little_memory_beside_the_buffer),
     };

@@ -6,11 +6,8 @@
 ((${gpus:-0} >= 2)) || skip "2 GPUs are needed, ${gpus:-0} are here"
 
 for ((n = 2; n <= gpus && n <= 4; n++)); do
-    for peer in 0 1; do
-        ((n == 2 || peer == 0)) || continue
-        CUPEL_PEER=$peer ranks $n "$CUPEL_BUILD/ranks_nccl" >out.txt 2>&1 || { cat out.txt >&2; fail "ranks_nccl on $n ranks, CUPEL_PEER=$peer"; }
-        has out.txt "$n ranks"
-    done
+    ranks $n "$CUPEL_BUILD/ranks_nccl" >out.txt 2>&1 || { cat out.txt >&2; fail "ranks_nccl on $n ranks"; }
+    has out.txt "$n ranks"
 done
 
 # first_step DIR PID: waits until the job PID has made a step.
@@ -30,11 +27,8 @@ for size in teacher.width=32 'teacher.width=512 teacher.layers=4 teacher.heads=8
         run mpi-$w-$p 2 0 teacher.precision=$p $size
         run nccl-$w-$p 2 1 teacher.precision=$p $size
         same "$(model mpi-$w-$p)" "$(model nccl-$w-$p)" param m v metrics_eval
-        for way in "1 0" "0 1" "1 1"; do # sums beside the backward pass; by copies between the GPUs
-            CUPEL_OVERLAP=${way% *} CUPEL_PEER=${way#* } run way-$w-$p 2 1 teacher.precision=$p $size
-            same "$(model mpi-$w-$p)" "$(model way-$w-$p)" param m v metrics_eval
-            rm -r way-$w-$p
-        done
+        CUPEL_OVERLAP=1 run early-$w-$p 2 1 teacher.precision=$p $size
+        same "$(model mpi-$w-$p)" "$(model early-$w-$p)" param m v metrics_eval
         run replicated-$w-$p 2 1 teacher.precision=$p teacher.optimizer=replicated $size
         same "$(model nccl-$w-$p)" "$(model replicated-$w-$p)" param m v
         run tree-1-$w-$p 1 0 teacher.precision=$p teacher.reduction=tree $size
