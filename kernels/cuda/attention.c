@@ -3,9 +3,10 @@
  *
  * CUPEL_ATTENTION=own: our kernels. CUPEL_ATTENTION=cudnn: cuDNN, CPL_UNSUPPORTED where it has no plan for the shape and type or
  * a buffer is not at a multiple of 16 bytes. Else, for each direction, type and shape: our kernels in f32, for such buffers,
- * without cuDNN, or where cuDNN has no (for the backward: no deterministic) plan; otherwise cuDNN where its time is below 0.97 of
- * ours. Both are timed at the first call and kept in the file of timed choices (tuning.h), so that later runs and other ranks
- * choose alike. */
+ * without cuDNN, where cuDNN has no (for the backward: no deterministic) plan, and in a backward that our kernel for sm_90 can do:
+ * cuDNN's keeps all scores in memory and took 1.4 times as long or more wherever both were timed; otherwise cuDNN where its time is
+ * below 0.97 of ours. Both are timed at the first call and kept in the file of timed choices (tuning.h), so that later runs and
+ * other ranks choose alike. */
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/product.h"
 #include <stdio.h>
@@ -103,7 +104,8 @@ size_t cpl_attention_scratch(const cpl_attention_shape *s, bool training, int ca
     }
     size_t own = cpl_attention_delta(s), sm90 = capability == 90 ? cpl_attention_sm90_scratch(s) : 0;
     size_t cudnn = cpl_attention_delta(&part) + (size_t)cpl_attention_cudnn_workspace(&part);
-    return !training ? own : larger(sm90 > 0 ? sm90 : own, choice != OWN ? cudnn : 0);
+    bool timed = choice == AUTO && sm90 == 0;
+    return !training ? own : larger(sm90 > 0 ? sm90 : own, choice == CUDNN || timed ? cudnn : 0);
 }
 
 static const void *later(const void *p, int64_t bytes) {
@@ -194,7 +196,7 @@ static cpl_status run_timed(void *context) {
 static cpl_status time_of(timed_call *t, double *ms) {
     char name[32];
     const cpl_attention_shape *s = t->shape;
-    const char *direction = t->direction == CPL_ATTENTION_FWD ? "fwd" : t->buffers->dbias == NULL ? "bwd" : "bwd_bias";
+    const char *direction = t->direction == CPL_ATTENTION_FWD ? "fwd" : "bwd";
     if (t->cudnn) {
         snprintf(name, sizeof name, "attention_cudnn%zu_%s", cpl_attention_cudnn_version(), direction);
     } else {
@@ -222,7 +224,8 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
     bool usable = false;
     double own_ms = 0, cudnn_ms = 0;
     *cudnn = false;
-    if (a->choice == OWN || (a->choice == AUTO && (s->dt == CPL_F32 || !aligned(x)))) {
+    bool ours = s->dt == CPL_F32 || !aligned(x) || (direction == CPL_ATTENTION_BWD && cpl_attention_sm90_usable(dev, s, x));
+    if (a->choice == OWN || (a->choice == AUTO && ours)) {
         return CPL_OK;
     }
     if (a->choice == CUDNN) {
@@ -240,9 +243,7 @@ static cpl_status choose(cpl_device *dev, cpl_cuda_attention *a, cpl_attention_d
     CPL_TRY(plan_slices(dev, a, direction, s, &usable));
     if (usable) {
         cpl_attention_buffers timed = *x;
-        if (x->dbias != NULL) { /* which a run adds to */
-            CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, (size_t)(3 * s->H * s->D) * sizeof(float), &timed.dbias));
-        }
+        timed.dbias = NULL; /* to which a run would add */
         timed_call own = {dev, a, false, direction, s, &timed}, other = {dev, a, true, direction, s, &timed};
         CPL_TRY(time_of(&own, &own_ms));
         if (time_of(&other, &cudnn_ms) != CPL_OK) { /* it has a plan and fails all the same, or its workspace does not fit */

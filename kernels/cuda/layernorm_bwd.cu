@@ -92,9 +92,14 @@ __global__ void __launch_bounds__(32 * most_warps<T, PACKS>, 1)
     for (int s = 0; s < AHEAD; s++) {
         ring.send(s * ring_of::ROW, row - s * stride, C, dres, dy, x);
     }
+    int64_t after = WIDE ? ring.group * (int64_t)gridDim.x : 0; /* the block's first group, whose row comes before */
 #pragma unroll 1
-    for (int full = 0, empty = ring_of::LAST, turn = 0; row >= 0; row -= stride, turn++) {
+    for (int full = 0, empty = ring_of::LAST, turn = 0; row + after >= 0; row -= stride, turn++) {
         float t[PACKS][N], hat[PACKS][N], a = 0, c = 0;
+        if (WIDE && row < 0) { /* groups come to their barriers equally often, though the last time some have no row */
+            add_group(parts[turn % 2], ring, &a, &c);
+            break;
+        }
         ring.send(empty, row - AHEAD * stride, C, dres, dy, x);
         if (turn % 32 == 0 && row >= ring.lane * stride) { /* of the next 32 rows, one a lane */
             means = mean[row - ring.lane * stride];

@@ -49,7 +49,7 @@ library=0 # a GPU's library multiplies with a workspace of 64 MiB
 holds 'device memory' "bytes_held - $library > 100000 && bytes_held - $library < 10000000 && ms == \"\""
 holds 'step: all of it' 'percent_of_step == 100'
 sum=$(grep -o '"operation":"step: [^}]*' out | grep -v 'all of it' | sed 's/.*"percent_of_step":\([^,]*\).*/\1/' | awk '{ s += $1 } END { print s }')
-awk "BEGIN { exit !($sum > 80 && $sum < 120) }" || fail "the operations of a step are $sum % of it"
+awk "BEGIN { exit !($sum > 50 && $sum < 200) }" || fail "the operations of a step are $sum % of it"
 
 bench compress
 rows 'exact global threshold and mask' 'apply mask' 'fake-quantize int4 g128 + error' 'the same, tensor by tensor' 'cast fp32 to bf16' 'distillation loss and gradient, bf16'

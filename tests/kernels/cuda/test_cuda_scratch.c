@@ -3,8 +3,9 @@
 #include "tests/support/support.h"
 #include <stdlib.h>
 
+/* Heads of 128: for those of 64 our own kernel is taken without a look at cuDNN's. */
 static int64_t foretold(int64_t B, const char *attention, bool training) {
-    const cpl_pass pass = {.dt = CPL_BF16, .B = B, .T = 1024, .C = 768, .H = 12, .flat = 1000, .training = training};
+    const cpl_pass pass = {.dt = CPL_BF16, .B = B, .T = 1024, .C = 768, .H = 6, .flat = 1000, .training = training};
     int64_t bytes = -1;
     if (attention == NULL) {
         unsetenv("CUPEL_ATTENTION");
@@ -16,12 +17,12 @@ static int64_t foretold(int64_t B, const char *attention, bool training) {
     return bytes;
 }
 
-/* Scores of 32 sequences are 805 MB; a larger batch goes in slices, whose scores are at the most 1 GiB. Without cuDNN: none. */
+/* Scores of 32 sequences are 403 MB; a larger batch goes in slices, whose scores are at the most 1 GiB. Without cuDNN: none. */
 static void test_a_batch_in_slices_keeps_the_scores_of_one(void **state) {
-    int64_t one = foretold(32, NULL, true) - foretold(32, "own", true), scores = 2ll * 32 * 12 * 1024 * 1024;
+    int64_t one = foretold(32, NULL, true) - foretold(32, "own", true), scores = 2ll * 32 * 6 * 1024 * 1024;
     assert_true(one == 0 || one == scores);
     for (int64_t B = 64; B <= 256; B *= 2) {
-        int64_t most = foretold(B, NULL, true) - foretold(B, "own", true), deltas = 4 * B * 12 * 1024;
+        int64_t most = foretold(B, NULL, true) - foretold(B, "own", true), deltas = 4 * B * 6 * 1024;
         assert_true(one == 0 ? most == 0 : most <= 1ll << 30 && most >= scores - deltas);
     }
 }
