@@ -35,7 +35,7 @@ static cpl_status run_linear_input(void *c) {
 }
 static cpl_status run_linear_weight(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, linear_bwd_weight, l->product, l->dweight, NULL, l->y, l->x, l->R, l->N, l->K, false);
+    return CPL_OPS(l->dev, linear_bwd_weight, l->product, l->dweight, l->y, l->x, l->R, l->N, l->K, false);
 }
 static cpl_status run_attention(void *c) {
     const layers *l = c;

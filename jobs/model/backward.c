@@ -22,8 +22,7 @@ static cpl_status linear_backward(const block_backward *k, cpl_block_param weigh
     cpl_status st = CPL_OK;
     cpl_workspace *ws = k->ws;
     const cpl_param *w = cpl_layout_block(ws->layout, k->layer, weight);
-    CPL_TRY(
-        CPL_OPS(ws->dev, linear_bwd_weight, ws->product, k->grad + w->offset, NULL, dy, x, ws->R, w->rows, w->cols, k->overwrites));
+    CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->product, k->grad + w->offset, dy, x, ws->R, w->rows, w->cols, k->overwrites));
     CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->product, dx, dbias, dy, cpl_weight(ws, k->weights, w), pre, ws->R, w->rows,
                     w->cols));
 done:

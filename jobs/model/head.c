@@ -87,7 +87,7 @@ cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *
         rows = ws->R - first < most ? ws->R - first : most;
         CPL_TRY(cpl_model_logits_rows(ws, weights, first, rows, &logits));
         CPL_TRY(loss_of_rows(ws, first, rows, targets, loss, row_weight, state, soft, hard));
-        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->product, grad + wte->offset, NULL, logits, hidden, rows, V, C,
+        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->product, grad + wte->offset, logits, hidden, rows, V, C,
                         overwrites && first == 0));
         CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->product, cpl_act_at(ws, ws->delta, first * C), NULL, logits,
                         cpl_weight(ws, weights, wte), NULL, rows, V, C));

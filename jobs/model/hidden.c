@@ -28,8 +28,7 @@ cpl_status cpl_hidden_step(cpl_workspace *ws, const void *weights, const cpl_mod
     CPL_TRY(CPL_OPS(dev, zero, d_projected, (size_t)(R * teacher_C) * cpl_dtype_size(ws->dt)));
     CPL_TRY(CPL_OPS(dev, mse, ws->dt, loss->hidden, d_projected, projected, teacher->hidden, state, coefficient, R * teacher_C));
     if (p != NULL) {
-        CPL_TRY(
-            CPL_OPS(dev, linear_bwd_weight, ws->product, grad + p->offset, NULL, d_projected, ws->hidden, R, teacher_C, C, false));
+        CPL_TRY(CPL_OPS(dev, linear_bwd_weight, ws->product, grad + p->offset, d_projected, ws->hidden, R, teacher_C, C, false));
         CPL_TRY(CPL_OPS(dev, linear_bwd_input, ws->product, ws->delta, NULL, d_projected, cpl_weight(ws, weights, p), NULL, R,
                         teacher_C, C));
     }

@@ -277,8 +277,8 @@ done:
     return st;
 }
 
-cpl_status CPL_CPU(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x, int64_t R,
-                                      int64_t N, int64_t K, bool overwrites) {
+cpl_status CPL_CPU(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, const void *dy, const void *x, int64_t R, int64_t N,
+                                      int64_t K, bool overwrites) {
     cpl_status st = CPL_OK;
     operand a;
     operand b;
@@ -291,9 +291,6 @@ cpl_status CPL_CPU(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, 
                        .ldc = K,
                        .beta = overwrites ? 0.0f : 1.0f};
     CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_W, dy, R, N, &a));
-    if (db != NULL) {
-        CPL_TRY(CPL_CPU(column_sums)(dev, g.dt, db, a.x, a.ld, R, N));
-    }
     CPL_TRY(straight(dev, dt, true, CPL_SCRATCH_X, x, R, K, &b));
     CPL_TRY(product(dev, &g, &a, &b, WEIGHT_ROWS, WEIGHT_COLS, NULL, NULL));
 done:

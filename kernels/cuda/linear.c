@@ -137,11 +137,6 @@ done:
     return st;
 }
 
-/* *sums = scratch [n] f32 for a fused sum over rows, and as much behind it for timing another one. */
-static cpl_status sums_scratch(cpl_device *dev, int64_t n, float **sums) {
-    return cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, cpl_scratch_linear(n), sums);
-}
-
 cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, float *dbias, const void *dy, const void *w,
                                       const void *pre, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
@@ -161,7 +156,7 @@ cpl_status CPL_CUDA(linear_bwd_input)(cpl_device *dev, cpl_dtype dt, void *dx, f
         CPL_TRY(find(dev, &product, CPL_AFTER_GELU_GRAD, &data, &other));
         CPL_TRY(take_faster("gelu_grad", &s, separate_gelu_grad, &other, &best, &gelu_fused));
         if (dbias != NULL) {
-            CPL_TRY(sums_scratch(dev, K, &o.dbias));
+            CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, cpl_scratch_linear(K), &o.dbias));
             separate c = {.dev = dev, .dt = act, .to = o.dbias, .from = dx, .R = R, .N = K};
             CPL_TRY(take_faster("column_sums", &c, separate_column_sums, &none, &best, &never));
         }
@@ -182,33 +177,17 @@ done:
     return st;
 }
 
-cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, float *db, const void *dy, const void *x,
-                                       int64_t R, int64_t N, int64_t K, bool overwrites) {
+cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw, const void *dy, const void *x, int64_t R,
+                                       int64_t N, int64_t K, bool overwrites) {
     cpl_status st = CPL_OK;
-    cpl_dtype act = cpl_dtype_storage(dt);
     cpl_product product = {.dt = dt, .wide = 1, .transposed_b = 1, .accumulate = !overwrites, .m = K, .n = N, .k = R};
-    cpl_product_data data = {.a = x, .b = dy, .d = dw};
-    choice best, other = {.ms = INFINITY};
-    bool sums_fused = false;
-    float *sums = NULL;
+    const cpl_product_data data = {.a = x, .b = dy, .d = dw};
+    choice best;
     if (R == 0 || N == 0) {
         return overwrites ? CPL_CUDA(zero)(dev, dw, (size_t)(N * K) * sizeof *dw) : CPL_OK;
     }
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &best));
-    if (db != NULL) {
-        CPL_TRY(sums_scratch(dev, N, &sums));
-        separate s = {.dev = dev, .dt = act, .to = sums + N, .from = dy, .R = R, .N = N};
-        data.vector = sums;
-        CPL_TRY(find(dev, &product, CPL_AFTER_BIAS_GRAD, &data, &other));
-        CPL_TRY(take_faster("column_sums", &s, separate_column_sums, &other, &best, &sums_fused));
-    }
-    if (db != NULL && !sums_fused) { /* before the product: the end of dy may be in the cache still */
-        CPL_TRY(cpl_cuda_column_sums(dev, act, db, dy, N, R, N));
-    }
     CPL_TRY(cpl_cuda_product_run(dev, best.plan, &data));
-    if (db != NULL && sums_fused) {
-        CPL_TRY(CPL_CUDA(add_f32)(dev, db, sums, N));
-    }
 done:
     return st;
 }

@@ -49,8 +49,7 @@ static int32_t alignment_of(const void *p) {
 static cublasLtEpilogue_t epilogue_of(const cpl_product *p) {
     static const cublasLtEpilogue_t epilogues[] = {[CPL_AFTER_NOTHING] = CUBLASLT_EPILOGUE_DEFAULT,
                                                    [CPL_AFTER_BIAS] = CUBLASLT_EPILOGUE_BIAS,
-                                                   [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU,
-                                                   [CPL_AFTER_BIAS_GRAD] = CUBLASLT_EPILOGUE_BGRADB};
+                                                   [CPL_AFTER_GELU_GRAD] = CUBLASLT_EPILOGUE_DGELU};
     return epilogues[p->after];
 }
 
@@ -58,7 +57,7 @@ static bool has_aux(const cpl_product *p) {
     return p->after == CPL_AFTER_GELU_GRAD;
 }
 static bool has_vector(const cpl_product *p) {
-    return p->after == CPL_AFTER_BIAS || p->after == CPL_AFTER_BIAS_GRAD;
+    return p->after == CPL_AFTER_BIAS;
 }
 
 static cpl_status point(cpl_product_plan *plan, const cpl_product_data *data) {

@@ -11,9 +11,8 @@ extern "C" {
 
 typedef enum {
     CPL_AFTER_NOTHING,
-    CPL_AFTER_BIAS,      /* d += vector over columns; vector [m] of d's type */
-    CPL_AFTER_GELU_GRAD, /* d *= GELU'(aux); aux [m,n] of a's type */
-    CPL_AFTER_BIAS_GRAD  /* vector [n] f32 = sums of b over k */
+    CPL_AFTER_BIAS,     /* d += vector over columns; vector [m] of d's type */
+    CPL_AFTER_GELU_GRAD /* d *= GELU'(aux); aux [m,n] of a's type */
 } cpl_after;
 
 /* d = op(a) op(b) [+ d], all column-major: a [m,k] or, transposed, [k,m]; b [k,n] or [n,k]; d [m,n]; no gaps between columns. */

@@ -57,7 +57,7 @@ size_t cpl_scratch_sort(int64_t n) {
 }
 
 size_t cpl_scratch_linear(int64_t n) {
-    return 2 * (size_t)n * sizeof(float);
+    return floats(1, n);
 }
 
 size_t cpl_scratch_flat(int64_t n) {

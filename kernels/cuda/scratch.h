@@ -31,7 +31,7 @@ size_t cpl_scratch_attention_bias(int64_t R, int64_t C);
 size_t cpl_scratch_embed_edges(int64_t n, int64_t C);
 size_t cpl_scratch_embed_list(int64_t n);
 size_t cpl_scratch_sort(int64_t n);
-/* linear_bwd_*: sums over rows [n] f32 made beside the product, and as much for timing another way. */
+/* linear_bwd_input: sums over rows [n] f32, made to time a way of making them. */
 size_t cpl_scratch_linear(int64_t n);
 /* sum_f32, mse: a partial sum f64 of every CPL_SUM_CHUNK of n elements. */
 size_t cpl_scratch_flat(int64_t n);

@@ -87,12 +87,12 @@ static void test_linear_forward_is_the_product_rounded_once(void **state) {
     test_on_devices(forward_on);
 }
 
-/* A layer in f64 for numerical derivatives: loss = sum of weight * (h w^T + bias), h = GELU(pre) or pre itself. */
+/* A layer in f64 for numerical derivatives: loss = sum of weight * (h w^T), h = GELU(pre) or pre itself. */
 typedef struct {
     shape s;
     bool gelu;
-    double *pre, *w, *bias, *weight; /* borrowed [R,K], [N,K], [N], [R,N] */
-    int64_t row, column;             /* the loss over one row (input gradients), one column (weight gradients), or -1: all */
+    double *pre, *w, *weight; /* borrowed [R,K], [N,K], [R,N] */
+    int64_t row, column;      /* the loss over one row (input gradients), one column (weight gradients), or -1: all */
 } reference;
 
 static double loss(void *context) {
@@ -100,7 +100,7 @@ static double loss(void *context) {
     double sum = 0;
     for (int64_t i = r->row < 0 ? 0 : r->row; i < (r->row < 0 ? r->s.R : r->row + 1); i++) {
         for (int64_t j = r->column < 0 ? 0 : r->column; j < (r->column < 0 ? r->s.N : r->column + 1); j++) {
-            double y = r->bias[j];
+            double y = 0;
             for (int64_t k = 0; k < r->s.K; k++) {
                 double h = r->pre[i * r->s.K + k];
                 y += (r->gelu ? gelu(h) : h) * r->w[j * r->s.K + k];
@@ -119,7 +119,6 @@ static void check_input_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
     void *dy = test_act(dt, 23, s.R * s.N, 1.0f, &r.weight);
     void *dx = test_array(n, cpl_dtype_size(dt));
     double *want = test_array(n, sizeof *want);
-    r.bias = test_array(s.N, sizeof *r.bias);
     for (int with_gelu = 0; with_gelu < 2; with_gelu++) {
         r.gelu = with_gelu != 0;
         for (int64_t i = 0; i < n; i++) {
@@ -143,7 +142,7 @@ static void check_input_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
         test_close(r.gelu ? "input gradient through GELU" : "input gradient", dt, dx, want, n, 2e-6 * (double)(s.N + 10) + coarse,
                    1.01 * test_roundoff(dt) + 2e-6);
     }
-    void *const all[] = {pre, w, dy, dx, want, r.pre, r.w, r.weight, r.bias};
+    void *const all[] = {pre, w, dy, dx, want, r.pre, r.w, r.weight};
     release(all, sizeof all / sizeof all[0]);
 }
 
@@ -152,39 +151,24 @@ static void check_weight_gradient(cpl_device *dev, cpl_dtype dt, shape s) {
     void *x = test_act(dt, 31, s.R * s.K, 1.0f, &r.pre);
     void *dy = test_act(dt, 32, s.R * s.N, 1.0f, &r.weight);
     float *dw = test_normals(33, s.N * s.K, 3.0f); /* gradients accumulate */
-    float *db = test_normals(34, s.N, 3.0f);
-    float *dw_alone = test_array(s.N * s.K, sizeof *dw);
-    memcpy(dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
+    float *from_zero = test_array(s.N * s.K, sizeof *dw);
     double *want_dw = test_widen(CPL_F32, dw, s.N * s.K);
-    double *want_db = test_widen(CPL_F32, db, s.N);
     r.w = test_array(s.N * s.K, sizeof *r.w);
-    r.bias = test_array(s.N, sizeof *r.bias);
     for (int64_t i = 0; i < s.N * s.K; i++) {
         r.column = i / s.K;
         want_dw[i] += test_derivative(loss, &r, &r.w[i], 1e-4);
     }
-    for (int64_t j = 0; j < s.N; j++) {
-        r.column = j;
-        want_db[j] += test_derivative(loss, &r, &r.bias[j], 1e-4);
-    }
-    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, db, dy, x, s.R, s.N, s.K, false));
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, dy, x, s.R, s.N, s.K, false));
     test_close("weight gradient", CPL_F32, dw, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
-    test_close("bias gradient", CPL_F32, db, want_db, s.N, 1e-6 * (double)(s.R + 10), 1e-6);
-    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K, false));
-    if (test_on_gpu()) { /* the product that sums the bias's gradient too may be another one */
-        test_close("weight gradient without a bias", CPL_F32, dw_alone, want_dw, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
-    } else {
-        test_same_bits("weight gradient without a bias", dw_alone, dw, (size_t)(s.N * s.K) * sizeof *dw);
-    }
     /* what was there, nan even, is gone; from zero the sum is the same */
     memset(dw, 0xff, (size_t)(s.N * s.K) * sizeof *dw);
-    memset(dw_alone, 0, (size_t)(s.N * s.K) * sizeof *dw);
-    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, NULL, dy, x, s.R, s.N, s.K, true));
-    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw_alone, NULL, dy, x, s.R, s.N, s.K, false));
-    double *alone = test_widen(CPL_F32, dw_alone, s.N * s.K);
-    test_close("weight gradient that overwrites", CPL_F32, dw, alone, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
-    test_release(&alone);
-    void *const all[] = {x, dy, dw, db, dw_alone, want_dw, want_db, r.pre, r.weight, r.w, r.bias};
+    memset(from_zero, 0, (size_t)(s.N * s.K) * sizeof *dw);
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, dw, dy, x, s.R, s.N, s.K, true));
+    assert_ok(dev->ops->linear_bwd_weight(dev, dt, from_zero, dy, x, s.R, s.N, s.K, false));
+    double *wanted = test_widen(CPL_F32, from_zero, s.N * s.K);
+    test_close("weight gradient that overwrites", CPL_F32, dw, wanted, s.N * s.K, 1e-6 * (double)(s.R + 10), 1e-6);
+    test_release(&wanted);
+    void *const all[] = {x, dy, dw, from_zero, want_dw, r.pre, r.weight, r.w};
     release(all, sizeof all / sizeof all[0]);
 }
 
@@ -211,26 +195,26 @@ static void test_linear_bits_do_not_depend_on_threads(void **state) {
             for (size_t k = 0; k < sizeof large / sizeof large[0]; k++) {
                 shape s = large[k];
                 size_t size = cpl_dtype_size(dt);
-                size_t parts[5] = {(size_t)(s.R * s.N) * size, (size_t)(s.R * s.K) * size, (size_t)(s.N * s.K) * 4, (size_t)s.N * 4,
+                size_t parts[4] = {(size_t)(s.R * s.N) * size, (size_t)(s.R * s.K) * size, (size_t)(s.N * s.K) * 4,
                                    (size_t)s.K * 4};
                 void *x = test_act(dt, 41, s.R * s.K, 1.0f, NULL);
                 void *w = test_act(dt, 42, s.N * s.K, 0.1f, NULL);
                 void *bias = test_act(dt, 43, s.N, 1.0f, NULL);
-                void *results[3][5];
+                void *results[3][4];
                 for (int threads = 1; threads <= 3; threads++) {
                     void **out = results[threads - 1];
-                    for (int p = 0; p < 5; p++) {
+                    for (int p = 0; p < 4; p++) {
                         out[p] = test_array((int64_t)parts[p], 1);
                     }
                     cpl_device *dev = test_device(test_isas[i], threads);
                     if (dev != NULL) {
                         assert_ok(dev->ops->linear_fwd(dev, dt, out[0], NULL, x, w, bias, CPL_ACT_GELU, s.R, s.N, s.K));
-                        assert_ok(dev->ops->linear_bwd_input(dev, dt, out[1], out[4], out[0], w, x, s.R, s.N, s.K));
-                        assert_ok(dev->ops->linear_bwd_weight(dev, dt, out[2], out[3], out[0], x, s.R, s.N, s.K, i % 2 == 0));
+                        assert_ok(dev->ops->linear_bwd_input(dev, dt, out[1], out[3], out[0], w, x, s.R, s.N, s.K));
+                        assert_ok(dev->ops->linear_bwd_weight(dev, dt, out[2], out[0], x, s.R, s.N, s.K, i % 2 == 0));
                     }
                     cpl_device_destroy(&dev);
                 }
-                for (int p = 0; p < 5; p++) {
+                for (int p = 0; p < 4; p++) {
                     test_same_bits("1 and 2 threads", results[0][p], results[1][p], parts[p]);
                     test_same_bits("1 and 3 threads", results[0][p], results[2][p], parts[p]);
                     for (int t = 0; t < 3; t++) {
