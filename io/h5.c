@@ -123,8 +123,8 @@ done:
 
 void cpl_h5_forget_opening(const char *path) {
     const char *slash = strrchr(path, '/');
-    char name[300]; /* Open MPI takes the first 251 bytes */
-    (void)snprintf(name, 1 + 252, "/OMPIO_%s", slash != NULL ? slash + 1 : path);
+    char name[1 + 252]; /* Open MPI cuts it behind 251 bytes, without the '/' */
+    (void)snprintf(name, sizeof name, "/OMPIO_%s", slash != NULL ? slash + 1 : path);
     (void)sem_unlink(name); /* mostly there is none */
 }
 

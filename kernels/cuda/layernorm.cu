@@ -5,7 +5,7 @@
 
 namespace {
 
-enum { ANY_WARPS = 8, ANY_THREADS = 32 * ANY_WARPS, PACKS_MOST = 12 };
+enum { PACKS_MOST = 12 };
 /* Rows of a warp in shared memory, and warps of a block: 192 kB in all, 96 kB or more of them under way. */
 template <int PACKS> constexpr int stages = PACKS < 6 ? 12 / PACKS : 2;
 template <int PACKS> constexpr int most_warps = 192 / (PACKS * stages<PACKS>);

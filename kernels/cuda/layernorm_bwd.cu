@@ -7,7 +7,6 @@
 
 namespace {
 
-enum { ANY_WARPS = 8, ANY_THREADS = 32 * ANY_WARPS };
 /* Rows of a warp in shared memory: one at work, the others, 9 kB or more, under way. */
 template <int PACKS> constexpr int stages = 1 + (PACKS < 3 ? 6 / PACKS : 2);
 /* Warps of a block, which is alone on its multiprocessor: as many as have registers for a lane's sums, xhat, g dy and g. */

@@ -6,6 +6,8 @@
 
 #include "kernels/cuda/device.cuh"
 
+enum { ANY_WARPS = 8, ANY_THREADS = 32 * ANY_WARPS }; /* of blocks for all other rows, a warp a row */
+
 /* A warp's part of rows, PACKS packs a lane, of each of ARRAYS arrays, and its place in shared memory. */
 template <typename T, int PACKS, int ARRAYS, int STAGES> struct row_ring {
     /* elements of a warp's packs, of its part of a row of one array, of all of them; all but its last stage; bytes of its packs */

@@ -39,7 +39,7 @@ rows 'forward pass and loss' 'training step' 'a step with no other before or aft
 grep -q '^ training step .* 3$' out || fail "the step is not the median of 3"
 grep -q '^ step: linear_fwd  *18 calls' out || fail "a step of 2 micro-batches of 2 layers does not have 18 products"
 ! grep -q '^ linear qkv' out || fail "bench train measures operations too"
-bench train --profile --json
+bench train --profile --warm-up 2 --json
 json 20
 holds 'training step' 'ms > 0 && ms_best <= ms && ms <= ms_worst && runs == 3 && tokens_per_s > 0 && flop_per_s > 0 && percent_of_limit > 0'
 holds 'training step' 'tokens_per_s * ms > 31990 && tokens_per_s * ms < 32010' # 2 x 16 tokens
@@ -105,6 +105,7 @@ refused "width" --width 7 --heads 2
 refused "unexpected argument 'memory'" ops memory
 refused "bench train --profile" comm --profile
 refused "--steps" train --steps 0
+refused "--warm-up" train --warm-up 1 # the first step is not yet a graph
 refused "--sparsity" compress --sparsity 2
 refused "--largest" comm --largest 1
 exit 0
