@@ -56,8 +56,9 @@ cpl_status cpl_comm_agree_word(cpl_comm *c, uint32_t *word);
 /* --- data plane: device buffers over the flat layout --- */
 /* Collective. Where every rank of the group has a CUDA GPU of its own, its device memory from now on goes through NCCL; otherwise
  * (ranks that share a GPU, which NCCL refuses; the CPU; a build without NCCL) through host memory over MPI, and the log says why.
- * Environment: CUPEL_NCCL=0 takes MPI; CUPEL_NCCL=1 demands NCCL, also for a group of one rank. Does nothing where this device is
- * attached already. Errors: CPL_UNSUPPORTED where NCCL is demanded and impossible; CPL_USAGE for another value. */
+ * Environment: CUPEL_NCCL=0 takes MPI; CUPEL_NCCL=1 demands NCCL, also for a group of one rank; CUPEL_REACH of rank 0, 0 or 1:
+ * cpl_comm_reaches is never so, or demanded. Does nothing where this device is attached already. Errors: CPL_UNSUPPORTED where what
+ * is demanded is impossible; CPL_USAGE for another value. */
 cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev);
 /* Collective: before the device is destroyed, after all graphs that hold calls of this group. cpl_comm_destroy does it too. */
 void cpl_comm_detach(cpl_comm *c);
@@ -86,6 +87,19 @@ cpl_status cpl_comm_enqueued(cpl_comm *c, cpl_status own, const char *doing);
  * nothing, for a GPU that waits cannot be freed (nccl#829: ncclCommAbort may hang too); the end of the process stops its kernels.
  */
 _Noreturn void cpl_comm_end(const cpl_comm *c, const char *doing);
+
+/* --- memory of each rank that all ranks' devices read and write --- */
+/* Whether they do: several ranks of one host, at most CPL_REACH_MOST, that exchange through NCCL, have GPUs which change each
+ * other's memory atomically (NVLink) and see each other's (Slurm must not hide them), and do not sum early. */
+bool cpl_comm_reaches(const cpl_comm *c);
+/* Collective. memory: of cpl_device_alloc, at least CPL_SHARED_LEAST bytes on each rank, borrowed. unshare, collective too, comes
+ * before it is freed; of what was not shared it does nothing. */
+cpl_status cpl_comm_share(cpl_comm *c, cpl_device *dev, void *memory, cpl_reach *out);
+void cpl_comm_unshare(cpl_comm *c, cpl_device *dev, cpl_reach *at);
+/* So many bytes further on. */
+cpl_reach cpl_reach_at(const cpl_reach *base, size_t bytes);
+/* cpl_device_meet of the group's devices; collective, enqueued. */
+cpl_status cpl_comm_meet(cpl_comm *c, uint32_t *word);
 
 /* Or over the ranks of one word in device memory that is 0 or 1: the overflow consensus. */
 cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag);

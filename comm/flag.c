@@ -5,6 +5,9 @@
 cpl_status cpl_comm_or_flag(cpl_comm *c, cpl_device *dev, uint32_t *flag) {
     cpl_status st = CPL_OK;
     uint32_t word = 0;
+    if (cpl_by_plane(c, dev) && cpl_comm_reaches(c)) {
+        return cpl_comm_meet(c, flag);
+    }
     if (cpl_by_plane(c, dev)) {
         CPL_TRY(c->plane->ops->fork(c->plane));
         CPL_TRY(c->plane->ops->max_u32(c->plane, flag));

@@ -53,23 +53,31 @@ struct cpl_plane {
     float *stage;             /* owned, device memory: parts of other ranks in a sum by tree */
     size_t stage_size;        /* elements of it */
     bool early;               /* sums begin while the device still works: cpl_comm_sums_early */
+    cpl_reach board;          /* of cpl_device_meet; count 0: the ranks' devices do not reach each other's memory */
 };
+/* comm/reach.c. Collective: makes the board where all devices reach each other, or says in why what is missing; let_go before the
+ * device memory ends. Errors: CPL_COMM, agreed. */
+cpl_status cpl_reach_open(cpl_comm *c, const char *const *gpu, char *why, size_t size);
+void cpl_reach_close(cpl_comm *c);
 /* Collective, after all agreed to take it. Ends the job where NCCL does not come up on all ranks. */
 cpl_status cpl_nccl_open(cpl_plane **out, cpl_comm *c, cpl_device *dev);
 bool cpl_nccl_built(void);
 void cpl_nccl_library(char *out, size_t size); /* "2.28.9", or that it is not in this build */
 
 /* Who a rank is when the plane is chosen. */
-typedef enum { CPL_NCCL_AUTO, CPL_NCCL_NEVER, CPL_NCCL_ALWAYS } cpl_nccl_wish; /* CUPEL_NCCL, CUPEL_OVERLAP: unset, 0, 1 */
+typedef enum { CPL_NCCL_AUTO, CPL_NCCL_NEVER, CPL_NCCL_ALWAYS } cpl_nccl_wish; /* an environment variable: unset, 0, 1 */
 typedef struct {
     char host[65], gpu[63]; /* cpl_device_identity */
     int8_t wish, built;
-    int8_t overlap; /* CUPEL_OVERLAP; of rank 0 it counts */
+    int8_t overlap, reach; /* CUPEL_OVERLAP, CUPEL_REACH; of rank 0 they count */
 } cpl_place;
 /* Whether the ranks at place [size] exchange through NCCL; why not: in why. */
 bool cpl_plane_chosen(const cpl_place *place, int size, char *why, size_t bytes);
 /* Whether their sums begin early: as CUPEL_OVERLAP of rank 0 says, else where they are on several hosts. */
 bool cpl_plane_early(const cpl_place *place, int size);
+/* Whether it is tried, or demanded, that their devices reach each other's memory: as CUPEL_REACH of rank 0 says; never where they
+ * are one, too many, on several hosts, or where sums begin early. */
+cpl_nccl_wish cpl_plane_reach(const cpl_place *place, int size);
 /* Sum and collection by the plane of c, of parts that have been checked. */
 cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin);
 /* What of elements [first, last) each rank owns, summed to it; enqueued on the plane alone. */

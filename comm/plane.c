@@ -42,16 +42,22 @@ bool cpl_plane_chosen(const cpl_place *place, int size, char *why, size_t bytes)
     return true;
 }
 
-bool cpl_plane_early(const cpl_place *place, int size) {
-    if (place[0].overlap != CPL_NCCL_AUTO) {
-        return place[0].overlap == CPL_NCCL_ALWAYS;
-    }
+static bool on_one_host(const cpl_place *place, int size) {
     for (int r = 1; r < size; r++) {
         if (strcmp(place[r].host, place[0].host) != 0) {
-            return true;
+            return false;
         }
     }
-    return false;
+    return true;
+}
+
+bool cpl_plane_early(const cpl_place *place, int size) {
+    return place[0].overlap == CPL_NCCL_AUTO ? !on_one_host(place, size) : place[0].overlap == CPL_NCCL_ALWAYS;
+}
+
+cpl_nccl_wish cpl_plane_reach(const cpl_place *place, int size) {
+    bool can = size > 1 && size <= CPL_REACH_MOST && on_one_host(place, size) && !cpl_plane_early(place, size);
+    return can ? (cpl_nccl_wish)place[0].reach : CPL_NCCL_NEVER;
 }
 
 static cpl_status find_wish(const char *name, int8_t *wish) {
@@ -69,12 +75,19 @@ done:
     return st;
 }
 
+/* Which way the data goes. */
+typedef struct {
+    cpl_place *place;      /* owned [size] */
+    bool chosen, demanded; /* NCCL */
+    char why[128];         /* not by NCCL */
+} route;
+
 /* Collective: the same answer on all ranks, for it is made of the same table. */
-static cpl_status choose(cpl_comm *c, cpl_device *dev, bool *chosen, bool *demanded, bool *early, char *why, size_t size) {
+static cpl_status choose(cpl_comm *c, cpl_device *dev, route *to) {
     cpl_status st = CPL_OK;
-    cpl_place *place = NULL;
-    CPL_TRY(cpl_agree(c, cpl_alloc(&place, (size_t)c->size, sizeof *place, "places of the ranks")));
-    cpl_place *own = &place[c->rank];
+    *to = (route){.place = NULL};
+    CPL_TRY(cpl_agree(c, cpl_alloc(&to->place, (size_t)c->size, sizeof *to->place, "places of the ranks")));
+    cpl_place *own = &to->place[c->rank];
     if (gethostname(own->host, sizeof own->host - 1) != 0) {
         strcpy(own->host, "unknown");
     }
@@ -83,29 +96,27 @@ static cpl_status choose(cpl_comm *c, cpl_device *dev, bool *chosen, bool *deman
     }
     own->built = cpl_nccl_built();
     cpl_status wishes = find_wish("CUPEL_NCCL", &own->wish);
-    CPL_TRY(cpl_agree(c, wishes == CPL_OK ? find_wish("CUPEL_OVERLAP", &own->overlap) : wishes));
+    wishes = wishes == CPL_OK ? find_wish("CUPEL_OVERLAP", &own->overlap) : wishes;
+    CPL_TRY(cpl_agree(c, wishes == CPL_OK ? find_wish("CUPEL_REACH", &own->reach) : wishes));
     for (int r = 0; r <= c->size; r++) {
-        c->offset[r] = (int64_t)r * (int64_t)sizeof *place;
+        c->offset[r] = (int64_t)r * (int64_t)sizeof *to->place;
     }
-    CPL_TRY(c->ops->allgather(c, place, c->offset));
-    *chosen = cpl_plane_chosen(place, c->size, why, size);
-    *early = cpl_plane_early(place, c->size);
-    *demanded = false;
+    CPL_TRY(c->ops->allgather(c, to->place, c->offset));
+    to->chosen = cpl_plane_chosen(to->place, c->size, to->why, sizeof to->why);
     for (int r = 0; r < c->size; r++) {
-        *demanded = *demanded || place[r].wish == CPL_NCCL_ALWAYS;
+        to->demanded = to->demanded || to->place[r].wish == CPL_NCCL_ALWAYS;
     }
 done:
-    cpl_free(&place);
     return st;
 }
 
 cpl_status cpl_comm_route(cpl_comm *c, cpl_device *dev, char *out, size_t size) {
     cpl_status st = CPL_OK;
-    bool chosen = false, demanded = false, early = false;
-    char why[128];
-    CPL_TRY(choose(c, dev, &chosen, &demanded, &early, why, sizeof why));
-    snprintf(out, size, "%s%s", chosen ? "NCCL" : c->size > 1 ? "host memory over MPI: " : "", why);
+    route r;
+    CPL_TRY(choose(c, dev, &r));
+    snprintf(out, size, "%s%s", r.chosen ? "NCCL" : c->size > 1 ? "host memory over MPI: " : "", r.why);
 done:
+    cpl_free(&r.place);
     return st;
 }
 
@@ -113,31 +124,64 @@ void cpl_comm_nccl(char *out, size_t size) {
     cpl_nccl_library(out, size);
 }
 
+/* The plane is there. */
+static cpl_status open_reach(cpl_comm *c, const cpl_place *place) {
+    cpl_status st = CPL_OK;
+    const char *gpu[CPL_REACH_MOST];
+    char why[CPL_MESSAGE_MAX] = "at most 8 ranks of one host are needed, and sums that do not begin early";
+    cpl_nccl_wish wish = cpl_plane_reach(place, c->size);
+    if (wish != CPL_NCCL_NEVER) {
+        for (int r = 0; r < c->size; r++) {
+            gpu[r] = place[r].gpu;
+        }
+        CPL_TRY(cpl_reach_open(c, gpu, why, sizeof why));
+    }
+    if (!cpl_comm_reaches(c) && c->size > 1 && place[0].reach == CPL_NCCL_ALWAYS) {
+        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_REACH=1 demands GPUs that reach each other's memory: %s", why);
+    }
+    if (!cpl_comm_reaches(c) && wish != CPL_NCCL_NEVER) {
+        cpl_log_info("sums go through NCCL alone: %s", why);
+    }
+done:
+    return st;
+}
+
+/* What people are told, once a group. */
+static void tell(cpl_comm *c, const route *r) {
+    char version[64];
+    cpl_nccl_library(version, sizeof version);
+    if (r->chosen) {
+        cpl_log_info("%d rank%s device memory through NCCL %s%s", c->size, c->size == 1 ? " exchanges" : "s exchange", version,
+                     cpl_comm_reaches(c) ? "; gradients and weights from GPU to GPU" : "");
+    } else {
+        cpl_log_info("%d ranks exchange device memory over MPI: %s", c->size, r->why);
+    }
+    c->told = true;
+}
+
 cpl_status cpl_comm_attach(cpl_comm *c, cpl_device *dev) {
     cpl_status st = CPL_OK;
-    bool chosen = false, demanded = false, early = false;
-    char why[128], version[64];
+    route r = {.place = NULL};
     if (cpl_by_plane(c, dev)) {
         return CPL_OK;
     }
     cpl_comm_detach(c);
-    CPL_TRY(choose(c, dev, &chosen, &demanded, &early, why, sizeof why));
-    if (!chosen && demanded) {
-        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_NCCL=1 demands NCCL, which cannot be used: %s", why);
+    CPL_TRY(choose(c, dev, &r));
+    if (!r.chosen && r.demanded) {
+        CPL_FAIL(CPL_UNSUPPORTED, "CUPEL_NCCL=1 demands NCCL, which cannot be used: %s", r.why);
     }
-    if (chosen) {
+    if (r.chosen) {
         CPL_TRY(cpl_nccl_open(&c->plane, c, dev));
         c->plane->comm = c;
         c->plane->dev = dev;
-        c->plane->early = early;
+        c->plane->early = cpl_plane_early(r.place, c->size);
+        CPL_TRY(open_reach(c, r.place));
     }
-    if (!c->told && !cpl_on_host(dev) && (c->size > 1 || chosen)) {
-        cpl_nccl_library(version, sizeof version);
-        cpl_log_info(chosen ? "%d ranks exchange device memory through NCCL %s" : "%d ranks exchange device memory over MPI: %s",
-                     c->size, chosen ? version : why);
-        c->told = true;
+    if (!c->told && !cpl_on_host(dev) && (c->size > 1 || r.chosen)) {
+        tell(c, &r);
     }
 done:
+    cpl_free(&r.place);
     return st;
 }
 
@@ -145,6 +189,7 @@ void cpl_comm_detach(cpl_comm *c) {
     if (c->plane == NULL) {
         return;
     }
+    cpl_reach_close(c);
     cpl_device_free(c->plane->dev, &c->plane->stage);
     c->plane->ops->close(c->plane);
     c->plane = NULL;

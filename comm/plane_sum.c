@@ -10,7 +10,8 @@ int64_t cpl_plane_slice(int64_t longest) {
 }
 
 int64_t cpl_reduction_bytes(int64_t longest, int ranks, bool exact) {
-    return exact && ranks > 2 ? (ranks - 1) * cpl_plane_slice(longest) * (int64_t)sizeof(float) : 0;
+    int64_t board = ranks > 1 && ranks <= CPL_REACH_MOST ? CPL_SHARED_LEAST : 0;
+    return board + (exact && ranks > 2 ? (ranks - 1) * cpl_plane_slice(longest) * (int64_t)sizeof(float) : 0);
 }
 
 static int64_t longest_part(const int64_t *begin, int size) {

@@ -60,8 +60,8 @@ static cpl_status run_scan(void *c) {
 
 static cpl_status run_adamw(void *c) {
     const flat *f = c;
-    return CPL_OPS(f->dev, adamw, f->dt, f->param, f->work == NULL ? f->param : f->work, f->m, f->v, f->grad, NULL, f->n, 0.1f,
-                   f->state, &f->rules);
+    return CPL_OPS(f->dev, adamw, f->dt, f->param, f->work == NULL ? f->param : f->work, NULL, f->m, f->v, f->grad, NULL, f->n,
+                   0.1f, f->state, &f->rules);
 }
 
 static cpl_status run_histogram(void *c) {

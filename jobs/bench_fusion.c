@@ -114,7 +114,7 @@ done:
 }
 
 static cpl_status adamw_of(const fusion *f, void *work, const uint8_t *mask) {
-    return CPL_OPS(f->dev, adamw, f->dt, f->param, work, f->m, f->v, f->grad, mask, f->n, 0.1f, f->state, &f->rules);
+    return CPL_OPS(f->dev, adamw, f->dt, f->param, work, NULL, f->m, f->v, f->grad, mask, f->n, 0.1f, f->state, &f->rules);
 }
 static cpl_status adamw(void *c) {
     const fusion *f = c;

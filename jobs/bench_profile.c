@@ -107,6 +107,7 @@ static void work_of(const cpl_bench_trainer *t, const char *op, cpl_bench_row *r
                  {"embed_bwd", 0, act / size * (size + 8)},
                  {"cross_entropy", 0, 2 * size * R * (double)s->vocab},
                  {"grad_scan", 0, 4 * total},
+                 {"grad_sum", 0, 8 * (double)t->opt->n}, /* and over NVLink 4 for each other rank */
                  {"sum_squares", 0, 4 * (double)t->opt->n},
                  {"adamw", 0, (28 + work) * (double)t->opt->count}};
     for (size_t i = 0; i < sizeof works / sizeof works[0]; i++) {

@@ -29,8 +29,16 @@ typedef struct {
     cpl_status (*wait)(cpl_device *dev, int slot);
     cpl_status (*mark_ms)(cpl_device *dev, int from, int to, double *ms);
     cpl_status (*over)(cpl_device *dev, int slot, bool *over);
+    void (*order)(cpl_device *dev, int order);
+    cpl_status (*follow)(cpl_device *dev, int slot);
     void (*identity)(const cpl_device *dev, char *out, size_t size);
     void *(*stream)(const cpl_device *dev);
+    /* NULL: no other process reaches its memory. */
+    bool (*reaches)(const cpl_device *dev, const char *identity);
+    cpl_status (*share)(cpl_device *dev, const void *memory, cpl_shared_name *out);
+    cpl_status (*map)(cpl_device *dev, const cpl_shared_name *name, void **out);
+    void (*unmap)(cpl_device *dev, void *memory);
+    cpl_status (*meet)(cpl_device *dev, const cpl_reach *board, uint32_t *word);
     cpl_status (*record)(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
     cpl_status (*replay)(cpl_device *dev, cpl_graph *graph);
     void (*forget)(cpl_device *dev, cpl_graph *graph);

@@ -276,6 +276,18 @@ cpl_status cpl_device_over(cpl_device *dev, int slot, bool *over) {
     return backend->over == NULL ? CPL_OK : backend->over(dev, slot, over);
 }
 
+void cpl_device_order(cpl_device *dev, int order) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    if (backend->order != NULL) {
+        backend->order(dev, order);
+    }
+}
+
+cpl_status cpl_device_follow(cpl_device *dev, int slot) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->follow == NULL ? CPL_OK : backend->follow(dev, slot);
+}
+
 void cpl_device_identity(const cpl_device *dev, char *out, size_t size) {
     const cpl_backend *backend = shared_of(dev)->backend;
     out[0] = '\0';
@@ -287,6 +299,38 @@ void cpl_device_identity(const cpl_device *dev, char *out, size_t size) {
 void *cpl_device_stream(const cpl_device *dev) {
     const cpl_backend *backend = shared_of(dev)->backend;
     return backend->stream == NULL ? NULL : backend->stream(dev);
+}
+
+bool cpl_device_reaches(const cpl_device *dev, const char *identity) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->reaches != NULL && backend->reaches(dev, identity);
+}
+
+static cpl_status unreachable(const cpl_device *dev) {
+    return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "the memory of %s is not for other processes", dev->name);
+}
+
+cpl_status cpl_device_share(cpl_device *dev, const void *memory, cpl_shared_name *out) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->share == NULL ? unreachable(dev) : backend->share(dev, memory, out);
+}
+
+cpl_status cpl_device_map(cpl_device *dev, const cpl_shared_name *name, void **out) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    *out = NULL;
+    return backend->map == NULL ? unreachable(dev) : backend->map(dev, name, out);
+}
+
+void cpl_device_unmap(cpl_device *dev, void *memory) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    if (backend->unmap != NULL && memory != NULL) {
+        backend->unmap(dev, memory);
+    }
+}
+
+cpl_status cpl_device_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->meet == NULL ? unreachable(dev) : backend->meet(dev, board, word);
 }
 
 cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {

@@ -76,6 +76,13 @@ typedef struct {
     int64_t code_count[256];                /* how often each code occurs, for the entropy */
 } cpl_quant_error;
 
+/* The same buffer of every rank of a group, whose devices read and write all of them (cpl_comm_share). */
+enum { CPL_REACH_MOST = 8 };
+typedef struct {
+    void *at[CPL_REACH_MOST]; /* by rank; borrowed, those of others mapped */
+    int count, own;           /* ranks (0: none); at[own] is this device's */
+} cpl_reach;
+
 typedef struct cpl_device cpl_device;
 typedef struct {
 #define CPL_OP(name, parameters) cpl_status(*name) parameters;
@@ -157,11 +164,35 @@ cpl_status cpl_device_mark_ms(cpl_device *dev, int from, int to, double *ms);
 /* The same without waiting: *over says whether wait would return at once. */
 cpl_status cpl_device_over(cpl_device *dev, int slot, bool *over);
 
+/* Order 0 is that of all operations, order 1 another beside it: order says where what follows is enqueued, follow that it waits for
+ * a mark of the other order. Graphs begin and end in order 0, to which order 1 must have come back by then. There, only what takes
+ * no scratch memory: grad_sum, meetings. Marks from CPL_MARKS on are for this. */
+void cpl_device_order(cpl_device *dev, int order);
+cpl_status cpl_device_follow(cpl_device *dev, int slot);
+
 /* For those who move device memory beside the operations. identity: the GPU's place on this host, the same for all processes that
  * use it (PCI bus, device, function); "" where the device is the host. stream: the order of all operations (cudaStream_t), NULL
  * there. */
 void cpl_device_identity(const cpl_device *dev, char *out, size_t size);
 void *cpl_device_stream(const cpl_device *dev);
+
+/* Processes whose GPUs read, write and atomically change each other's memory (NVLink). reaches: this device that of the GPU with
+ * such an identity, which this process must see. share: a name by which another process maps memory of cpl_device_alloc, at least
+ * CPL_SHARED_LEAST bytes of it, for CUDA puts several smaller buffers into one block and shares blocks; unmap before its owner
+ * frees it. */
+enum { CPL_SHARED_LEAST = 2 << 20 };
+typedef struct {
+    unsigned char bytes[64];
+} cpl_shared_name;
+bool cpl_device_reaches(const cpl_device *dev, const char *identity);
+cpl_status cpl_device_share(cpl_device *dev, const void *memory, cpl_shared_name *out);
+cpl_status cpl_device_map(cpl_device *dev, const cpl_shared_name *name, void **out);
+void cpl_device_unmap(cpl_device *dev, void *memory);
+/* board: CPL_BOARD_WORDS u32 of each rank, zeroed before the first meeting. Enqueues: what follows on each device waits until all
+ * ranks' devices have come here, and sees what they wrote before. word: in device memory, NULL or |= that of all, 0 or 1. The same
+ * calls in the same order on all ranks; a device whose ranks do not all come waits for ever. */
+enum { CPL_BOARD_WORDS = 2 * CPL_REACH_MOST + 1 };
+cpl_status cpl_device_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word);
 
 /* Graphs: what `body` enqueues, to be enqueued again as one. body must have run once before (it takes its memory then) and may
  * neither wait nor use upload or download. *out NULL: this device records none, and the caller runs body itself. */

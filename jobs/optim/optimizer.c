@@ -4,6 +4,7 @@
 #include <string.h>
 
 enum { UPDATE_SLICES = 4 };
+enum { FORKED = CPL_MARKS, MET, SUMMED }; /* marks between the two orders of operations */
 
 cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches) {
     bool dynamic =
@@ -53,11 +54,38 @@ done:
 
 static cpl_status scan_and_sum(void *to, int64_t first, int64_t last);
 
+/* Bytes of the block up to each of its parts, and in all: a multiple of 256 for every part. */
+typedef struct {
+    size_t work, grad, chunk_sums, kinds, bytes;
+} block_parts;
+
+static block_parts parts_of(const cpl_layout *l, cpl_dtype dt, bool shared) {
+    enum { MULTIPLE = 256 };
+    size_t total = (size_t)l->total, tensors = (size_t)l->count;
+    const size_t bytes[] = {total * cpl_dtype_size(dt), total * sizeof(float), (size_t)chunks_of(l) * sizeof(double),
+                            (tensors + 1) * sizeof(uint32_t)};
+    size_t at[5] = {0};
+    for (int i = 0; i < 4; i++) {
+        at[i + 1] = at[i] + (bytes[i] + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+    }
+    return (block_parts){at[0], at[1], at[2], at[3], shared && at[4] < CPL_SHARED_LEAST ? CPL_SHARED_LEAST : at[4]};
+}
+
+/* Whether gradients are summed, and new weights handed round, from device to device. */
+static bool reaches(const cpl_optimizer *o) {
+    return o->sharded && cpl_comm_reaches(o->comm);
+}
+
 static cpl_status allocate(cpl_optimizer *o, bool masked) {
     cpl_status st = CPL_OK;
-    size_t total = (size_t)o->layout->total, count = (size_t)o->count, tensors = (size_t)o->layout->count;
-    CPL_TRY(cpl_device_alloc(o->dev, &o->work, total, cpl_dtype_size(o->dtype), "working weights"));
-    CPL_TRY(cpl_device_alloc(o->dev, &o->grad, total, sizeof(float), "gradients"));
+    size_t count = (size_t)o->count;
+    block_parts part = parts_of(o->layout, o->dtype, reaches(o));
+    CPL_TRY(cpl_device_alloc(o->dev, &o->block, part.bytes, 1, "working weights and gradients"));
+    o->work = o->block + part.work;
+    o->grad = (float *)(o->block + part.grad);
+    o->chunk_sums = (double *)(o->block + part.chunk_sums);
+    o->kinds = (uint32_t *)(o->block + part.kinds);
+    o->overflow = o->kinds + o->layout->count;
     if (o->dtype == CPL_F32) {
         o->param = (float *)o->work + o->first;
     } else {
@@ -68,9 +96,6 @@ static cpl_status allocate(cpl_optimizer *o, bool masked) {
     if (masked) {
         CPL_TRY(cpl_device_alloc(o->dev, &o->mask, count, 1, "pruning mask"));
     }
-    CPL_TRY(cpl_device_alloc(o->dev, &o->chunk_sums, (size_t)chunks_of(o->layout), sizeof(double), "norm partial sums"));
-    CPL_TRY(cpl_device_alloc(o->dev, &o->kinds, tensors, sizeof(uint32_t), "overflow kinds"));
-    CPL_TRY(cpl_device_alloc(o->dev, &o->overflow, 1, sizeof(uint32_t), "overflow flag"));
     CPL_TRY(cpl_device_alloc(o->dev, &o->state, 1, sizeof(cpl_step_state), "step state"));
 done:
     return st;
@@ -128,6 +153,9 @@ cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device 
         cpl_reduction_begin(&o->reduction, comm, dev, o->grad, o->shard, t->reduction == CPL_REDUCTION_TREE);
     }
     CPL_TRY(cpl_agree(comm, local));
+    if (reaches(o)) {
+        CPL_TRY(cpl_comm_share(comm, dev, o->block, &o->shared));
+    }
     cpl_step_state state = {.loss_scale = first_scale(t), .hysteresis_left = (int32_t)t->hysteresis};
     CPL_TRY(cpl_agree(comm, CPL_OPS(dev, upload, o->state, &state, sizeof state)));
     if (mask != NULL) {
@@ -150,14 +178,11 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
     if (o->dtype != CPL_F32) {
         cpl_device_free(o->dev, &o->param);
     }
-    cpl_device_free(o->dev, &o->work);
-    cpl_device_free(o->dev, &o->grad);
+    cpl_comm_unshare(o->comm, o->dev, &o->shared);
+    cpl_device_free(o->dev, &o->block);
     cpl_device_free(o->dev, &o->m);
     cpl_device_free(o->dev, &o->v);
     cpl_device_free(o->dev, &o->mask);
-    cpl_device_free(o->dev, &o->chunk_sums);
-    cpl_device_free(o->dev, &o->kinds);
-    cpl_device_free(o->dev, &o->overflow);
     cpl_device_free(o->dev, &o->state);
     cpl_free(&o->relative);
     cpl_free(&o->shard);
@@ -174,8 +199,9 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
     }
     int64_t count = end - begin, element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
     int64_t master = element == 4 ? 0 : 4; /* the working weights are the master weights where they are f32 */
-    return layout->total * (element + 4) + count * (master + 8 + masked) + 8 * chunks_of(layout) + 4 * (layout->count + 1) +
-           (int64_t)sizeof(cpl_step_state) + (nccl ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
+    int64_t block = (int64_t)parts_of(layout, cpl_dtype_storage(cpl_precision_dtype(t->precision)), nccl && ranks > 1).bytes;
+    return block + count * (master + 8 + masked) + (int64_t)sizeof(cpl_step_state) +
+           (nccl ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
 }
 
 /* --- the step --- */
@@ -190,6 +216,11 @@ static bool scan_makes_sums(const cpl_optimizer *o) {
     return cpl_comm_size(o->comm) == 1 && !cpl_comm_overlaps(o->comm);
 }
 
+/* A part of the block, of all ranks. */
+static cpl_reach part_of(const cpl_optimizer *o, const void *part) {
+    return cpl_reach_at(&o->shared, (size_t)((const char *)part - o->block));
+}
+
 /* This rank's own gradient of tensors [first, last): the sum over ranks would change it. */
 static cpl_status scan_range(cpl_optimizer *o, int64_t first, int64_t last) {
     double *chunk_sums = scan_makes_sums(o) ? o->chunk_sums : NULL; /* then the range is everything */
@@ -200,31 +231,95 @@ static cpl_status scan_range(cpl_optimizer *o, int64_t first, int64_t last) {
     return CPL_OPS(o->dev, grad_scan, o->kinds + first, o->overflow, chunk_sums, o->grad + begin[first], o->relative, last - first);
 }
 
+/* This rank's part of elements [first, last) of all gradients, out of the memory of all. */
+static cpl_status sum_by_reach(cpl_optimizer *o, int64_t first, int64_t last) {
+    const cpl_reach grad = part_of(o, o->grad), kinds = part_of(o, o->kinds), chunk_sums = part_of(o, o->chunk_sums);
+    int64_t from = first > o->begin ? first : o->begin, to = last < o->begin + o->n ? last : o->begin + o->n;
+    return from >= to
+               ? CPL_OK
+               : CPL_OPS(o->dev, grad_sum, &grad, &kinds, &chunk_sums, o->overflow, o->layout->begin, o->layout->count, from, to);
+}
+
+/* Where the gradients begin that are final before the embeddings' are, at a chunk. */
+static int64_t blocks_begin(const cpl_layout *l) {
+    int64_t first = 0, last = 0;
+    cpl_layout_range(l, cpl_layout_ranges(l) - 1, &first, &last);
+    return (l->begin[last] + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK * CPL_SUM_CHUNK;
+}
+
+/* The last but one range of a backward pass is final, with it all but the embeddings: what is left there fills neither the
+ * multiprocessors nor the links between GPUs. */
+static cpl_status sum_beside(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(cpl_device_mark(o->dev, FORKED));
+    cpl_device_order(o->dev, 1);
+    CPL_TRY(cpl_device_follow(o->dev, FORKED));
+    CPL_TRY(cpl_comm_meet(o->comm, NULL)); /* these gradients are final, and all kinds cleared, on all ranks */
+    CPL_TRY(cpl_device_mark(o->dev, MET));
+    CPL_TRY(sum_by_reach(o, blocks_begin(o->layout), o->layout->total));
+    CPL_TRY(cpl_device_mark(o->dev, SUMMED));
+    o->beside = true;
+done:
+    cpl_device_order(o->dev, 0);
+    return st;
+}
+
+/* What of the sum was not made beside the backward pass. */
+static cpl_status sum_the_rest(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    if (o->beside) {
+        CPL_TRY(cpl_device_follow(o->dev, MET)); /* meetings come one after another */
+    }
+    CPL_TRY(cpl_comm_meet(o->comm, NULL));
+    CPL_TRY(sum_by_reach(o, 0, o->beside ? blocks_begin(o->layout) : o->layout->total));
+    if (o->beside) {
+        CPL_TRY(cpl_device_follow(o->dev, SUMMED));
+    }
+    o->beside = false;
+done:
+    return st;
+}
+
 static cpl_status scan_and_sum(void *to, int64_t first, int64_t last) {
     cpl_status st = CPL_OK;
     cpl_optimizer *o = to;
+    if (reaches(o)) {
+        return last == o->layout->count ? sum_beside(o) : CPL_OK;
+    }
     CPL_TRY(scan_range(o, first, last));
     CPL_TRY(cpl_reduction_add(&o->reduction, o->layout->begin[first], o->layout->begin[last]));
 done:
     return st;
 }
 
-bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
+/* Range by range, as the backward pass announces them. */
+static bool sums_early(const cpl_optimizer *o) {
     return cpl_comm_sums_early(o->comm) && !o->reduction.exact;
+}
+
+bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
+    return reaches(o) || sums_early(o);
+}
+
+static cpl_status clear_kinds(cpl_optimizer *o) {
+    return CPL_OPS(o->dev, zero, o->kinds, (size_t)(o->layout->count + 1) * sizeof *o->kinds); /* overflow too */
 }
 
 cpl_status cpl_optimizer_overlap(cpl_optimizer *o, const cpl_grad_ready **ready) {
     sum_anew(o);
     *ready = &o->ready;
-    return CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow);
+    return clear_kinds(o);
 }
 
 /* By the same ranges where another run overlaps: what a graph uses must have been used before. */
 cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    int64_t ranges = cpl_optimizer_overlaps(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
+    int64_t ranges = sums_early(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
+    CPL_TRY(clear_kinds(o));
+    if (reaches(o)) {
+        return CPL_OK;
+    }
     sum_anew(o);
-    CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
     for (int64_t k = 0; k < ranges; k++) {
         if (ranges > 1) {
             cpl_layout_range(o->layout, k, &first, &last);
@@ -240,7 +335,7 @@ done:
 static cpl_status sum_over_ranks(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int64_t first = 0, last = 0;
-    if (!cpl_optimizer_overlaps(o)) {
+    if (!sums_early(o)) {
         CPL_TRY(cpl_reduction_add(&o->reduction, 0, o->layout->total));
     }
     for (int64_t k = 0; o->reduction.covered < o->layout->total && k < cpl_layout_ranges(o->layout); k++) {
@@ -263,7 +358,8 @@ static cpl_status update(cpl_optimizer *o, int64_t first, int64_t last) {
             continue;
         }
         char *work = (char *)o->work + (size_t)from[part] * cpl_dtype_size(o->dtype);
-        CPL_TRY(CPL_OPS(o->dev, adamw, o->dtype, o->param + at, work, o->m + at, o->v + at, o->grad + from[part],
+        const cpl_reach everywhere = part_of(o, work);
+        CPL_TRY(CPL_OPS(o->dev, adamw, o->dtype, o->param + at, work, &everywhere, o->m + at, o->v + at, o->grad + from[part],
                         o->mask == NULL ? NULL : o->mask + at, n, part == 0 ? o->weight_decay : 0, o->state, &o->rules));
     }
 done:
@@ -274,6 +370,10 @@ done:
 static cpl_status update_and_hand_round(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int slices = cpl_comm_overlaps(o->comm) && o->shard[1] - o->shard[0] >= UPDATE_SLICES * CPL_BUCKET ? UPDATE_SLICES : 1;
+    if (reaches(o)) {
+        CPL_TRY(update(o, o->begin, o->begin + o->n));
+        return cpl_comm_meet(o->comm, NULL); /* all have all weights */
+    }
     for (int k = 0; k < slices; k++) {
         int64_t first = 0, last = 0;
         cpl_comm_slice(o->begin, o->begin + o->n, k, slices, &first, &last);
@@ -289,8 +389,8 @@ done:
 cpl_status cpl_optimizer_decide(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int rank = cpl_comm_rank(o->comm);
-    CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow));
-    if (!scan_makes_sums(o)) {
+    CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow)); /* by reach all chunk_sums are here then */
+    if (!scan_makes_sums(o) && !reaches(o)) {
         CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
     }
@@ -305,7 +405,7 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
 
 cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    CPL_TRY(sum_over_ranks(o));
+    CPL_TRY(reaches(o) ? sum_the_rest(o) : sum_over_ranks(o));
     if (!o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
     }

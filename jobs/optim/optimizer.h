@@ -26,15 +26,19 @@ typedef struct {
     cpl_reduction reduction; /* of grad over the ranks */
     cpl_grad_ready ready;    /* of cpl_optimizer_overlap */
     int64_t *relative;       /* owned [tensors+1], host: offsets within the range being scanned */
-    /* owned, device */
-    void *work;         /* [total] act: what forward and backward read */
-    float *grad;        /* [total]: sum over this rank's micro-batches, still scaled */
-    float *param;       /* [count] master weights; inside work for fp32 */
-    float *m, *v;       /* [count] */
-    uint8_t *mask;      /* [count] or NULL */
-    double *chunk_sums; /* [chunks of total] */
-    uint32_t *kinds;    /* [tensors]: 1 inf, 2 nan, of this rank's own gradient */
-    uint32_t *overflow; /* [1] */
+    /* device */
+    char *block;        /* owned: what all ranks' devices reach where cpl_comm_reaches */
+    cpl_reach shared;   /* block of all ranks; count 0: not shared */
+    bool beside;        /* a part of the sum is in the other order of operations */
+    void *work;         /* [total] act, in block: what forward and backward read */
+    float *grad;        /* [total], in block: sum over this rank's micro-batches, still scaled */
+    double *chunk_sums; /* [chunks of total], in block */
+    uint32_t *kinds;    /* [tensors], in block: 1 inf, 2 nan, of this rank's own gradient */
+    uint32_t *overflow; /* [1], in block, right behind kinds */
+    /* owned */
+    float *param;  /* [count] master weights; inside work for fp32 */
+    float *m, *v;  /* [count] */
+    uint8_t *mask; /* [count] or NULL */
     cpl_step_state *state;
 } cpl_optimizer;
 
@@ -49,14 +53,16 @@ void cpl_optimizer_destroy(cpl_optimizer **opt);
 /* Device bytes per rank, for the plan. nccl: the ranks exchange device memory by it. */
 int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl);
 
-/* Which tensors of this rank's gradient are not finite (into kinds, overflow). */
+/* Which tensors of this rank's gradient are not finite (into kinds, overflow). Where the ranks' devices reach each other's memory
+ * that is found in cpl_optimizer_step, as the gradients are summed. */
 cpl_status cpl_optimizer_scan(cpl_optimizer *opt);
 /* In place of cpl_optimizer_scan, before the step's last backward pass: *ready (borrowed) is for cpl_model_step, which tells it of
- * each range; then that is scanned, and summed over the ranks beside the rest of the backward pass. The bits are those of the other
- * way. Only while a graph is recorded that cpl_optimizer_step is part of, and on all ranks: one that fails on the way would leave
- * the others' GPUs waiting. */
+ * each range; then that is scanned, and summed over the ranks beside the rest of the backward pass; where the ranks' devices reach
+ * each other's memory, only beside its last operation, all ranges but the embeddings'. The bits are those of the other way. Only
+ * while a graph is recorded that cpl_optimizer_step is part of, and on all ranks: one that fails on the way would leave the others'
+ * GPUs waiting. */
 cpl_status cpl_optimizer_overlap(cpl_optimizer *opt, const cpl_grad_ready **ready);
-/* Whether that is of use: cpl_comm_sums_early and reduction: linear. */
+/* Whether that is of use: cpl_comm_reaches, or cpl_comm_sums_early and reduction: linear. */
 bool cpl_optimizer_overlaps(const cpl_optimizer *opt);
 /* The learning rate of the steps that follow; lr: of cpl_device_host_alloc, as for feed. */
 cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);
@@ -64,8 +70,8 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);
  * ranks, decides, updates, gathers the working copy. */
 cpl_status cpl_optimizer_step(cpl_optimizer *opt);
 
-/* Collective, the part of cpl_optimizer_step that decides: overflow combined, norm of the summed gradient, clipping, skip, scale.
- */
+/* Collective, the part of cpl_optimizer_step that decides: overflow combined, norm of the summed gradient (without its sums of
+ * squares where they are made as the gradients are summed), clipping, skip, scale. */
 cpl_status cpl_optimizer_decide(cpl_optimizer *opt);
 
 /* This rank's shard of param, m, v to (download) or from (restore) host buffers [n] each. restore is collective: the working copy

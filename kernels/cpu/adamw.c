@@ -31,8 +31,8 @@ static inline void update(const step *s, float *restrict param, float *restrict 
 }
 
 /* state->adam_step counts this update already: step_control comes before. */
-cpl_status CPL_CPU(adamw)(cpl_device *dev, cpl_dtype dt, float *param, void *work, float *m, float *v, const float *grad,
-                          const uint8_t *mask, int64_t n, float weight_decay, const cpl_step_state *state,
+cpl_status CPL_CPU(adamw)(cpl_device *dev, cpl_dtype dt, float *param, void *work, const cpl_reach *others, float *m, float *v,
+                          const float *grad, const uint8_t *mask, int64_t n, float weight_decay, const cpl_step_state *state,
                           const cpl_step_rules *rules) {
     if (state->skip) {
         return CPL_OK;
@@ -58,6 +58,11 @@ cpl_status CPL_CPU(adamw)(cpl_device *dev, cpl_dtype dt, float *param, void *wor
         }
         if (work && work != (void *)param) {
             cpl_store_act(dt, work, at, param + at, count);
+        }
+        for (int r = 0; others != NULL && r < others->count; r++) {
+            if (r != others->own) {
+                cpl_store_act(dt, others->at[r], at, param + at, count);
+            }
         }
     }
     return CPL_OK;

@@ -34,11 +34,17 @@ __device__ __forceinline__ void update(const constants &s, float &param, float &
     param = kept ? p : 0.0f;
 }
 
+/* The same places of other devices' working copies. */
+template <typename T> struct places {
+    T *at[CPL_REACH_MOST - 1];
+    int count;
+};
+
 /* N elements an access, LOADS of them a thread; all are asked for before the constants are made. The mask is u8. */
-template <typename T, int N, bool MASKED>
+template <typename T, int N, bool MASKED, bool FAR>
 __global__ void __launch_bounds__(THREADS, 3)
-    adamw_kernel(float *param, T *work, float *m, float *v, const float *grad, const uint8_t *mask, int64_t packs, float decay,
-                 const cpl_step_state *state, cpl_step_rules rules) {
+    adamw_kernel(float *param, T *work, const places<T> others, float *m, float *v, const float *grad, const uint8_t *mask,
+                 int64_t packs, float decay, const cpl_step_state *state, cpl_step_rules rules) {
     __shared__ float unbias[2];
     int64_t first = blockIdx.x * (int64_t)(THREADS * LOADS) + threadIdx.x;
     packed<float, N> g[LOADS], p[LOADS], mi[LOADS], vi[LOADS];
@@ -83,26 +89,27 @@ __global__ void __launch_bounds__(THREADS, 3)
             if (work != nullptr) {
                 store(work + i, w);
             }
+            for (int r = 0; FAR && r < others.count; r++) {
+                store(others.at[r] + i, w);
+            }
         }
     }
 }
 
 template <typename T, int N>
-void launch(cudaStream_t stream, float *param, T *work, float *m, float *v, const float *grad, const uint8_t *mask, int64_t packs,
-            float decay, const cpl_step_state *state, const cpl_step_rules &rules) {
+void launch(cudaStream_t stream, float *param, T *work, const places<T> &others, float *m, float *v, const float *grad,
+            const uint8_t *mask, int64_t packs, float decay, const cpl_step_state *state, const cpl_step_rules &rules) {
     unsigned blocks = (unsigned)cpl_ceil_div(packs, THREADS * LOADS);
-    if (mask != nullptr) {
-        adamw_kernel<T, N, true><<<blocks, THREADS, 0, stream>>>(param, work, m, v, grad, mask, packs, decay, state, rules);
-    } else {
-        adamw_kernel<T, N, false><<<blocks, THREADS, 0, stream>>>(param, work, m, v, grad, mask, packs, decay, state, rules);
-    }
+    auto *kernel = others.count > 0 ? (mask != nullptr ? adamw_kernel<T, N, true, true> : adamw_kernel<T, N, false, true>)
+                                    : (mask != nullptr ? adamw_kernel<T, N, true, false> : adamw_kernel<T, N, false, false>);
+    kernel<<<blocks, THREADS, 0, stream>>>(param, work, others, m, v, grad, mask, packs, decay, state, rules);
 }
 
 } // namespace
 
 /* state->adam_step counts this update already: step_control comes before. */
-extern "C" cpl_status CPL_CUDA(adamw)(cpl_device *dev, cpl_dtype dt, float *param, void *work, float *m, float *v,
-                                      const float *grad, const uint8_t *mask, int64_t n, float weight_decay,
+extern "C" cpl_status CPL_CUDA(adamw)(cpl_device *dev, cpl_dtype dt, float *param, void *work, const cpl_reach *others, float *m,
+                                      float *v, const float *grad, const uint8_t *mask, int64_t n, float weight_decay,
                                       const cpl_step_state *state, const cpl_step_rules *rules) {
     if (n == 0) {
         return CPL_OK;
@@ -111,14 +118,24 @@ extern "C" cpl_status CPL_CUDA(adamw)(cpl_device *dev, cpl_dtype dt, float *para
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
         bool wide = aligned16(param, m, v, grad) && (uintptr_t)work % (4 * sizeof(T)) == 0 && (uintptr_t)mask % 4 == 0;
+        places<T> far = {};
+        for (int r = 0; others != NULL && r < others->count; r++) {
+            if (r != others->own) {
+                far.at[far.count++] = (T *)others->at[r];
+                wide = wide && (uintptr_t)others->at[r] % (4 * sizeof(T)) == 0;
+            }
+        }
         int64_t body = wide ? n / 4 * 4 : 0;
         T *rounded = (T *)work;
         cudaStream_t stream = cpl_cuda_stream(dev);
         if (body > 0) {
-            launch<T, 4>(stream, param, rounded, m, v, grad, mask, body / 4, weight_decay, state, *rules);
+            launch<T, 4>(stream, param, rounded, far, m, v, grad, mask, body / 4, weight_decay, state, *rules);
         }
         if (body < n) {
-            launch<T, 1>(stream, param + body, rounded == NULL ? NULL : rounded + body, m + body, v + body, grad + body,
+            for (int r = 0; r < far.count; r++) {
+                far.at[r] += body;
+            }
+            launch<T, 1>(stream, param + body, rounded == NULL ? NULL : rounded + body, far, m + body, v + body, grad + body,
                          mask == NULL ? NULL : mask + body, n - body, weight_decay, state, *rules);
         }
     });

@@ -44,7 +44,8 @@ typedef struct {
     int threads;                       /* of the host, for the parts that run there */
     bool blocking;                     /* CUDA_LAUNCH_BLOCKING: every operation is waited for, so that an error names it */
     bool recording;
-    cudaStream_t stream;                   /* owned: all operations, in order */
+    cudaStream_t order[2];                 /* owned: see cpl_device_order */
+    cudaStream_t stream;                   /* that of the order in which operations are enqueued now */
     int graphs;                            /* recorded and not forgotten */
     void *scratch[CPL_CUDA_SCRATCH_COUNT]; /* as all device memory here: of cpl_device_alloc */
     size_t scratch_bytes[CPL_CUDA_SCRATCH_COUNT];
@@ -92,12 +93,21 @@ cpl_status cpl_cuda_mark(cpl_device *dev, int slot);
 cpl_status cpl_cuda_wait_mark(cpl_device *dev, int slot);
 cpl_status cpl_cuda_mark_ms(cpl_device *dev, int from, int to, double *ms);
 cpl_status cpl_cuda_over_mark(cpl_device *dev, int slot, bool *over);
+void cpl_cuda_order(cpl_device *dev, int order);
+cpl_status cpl_cuda_follow(cpl_device *dev, int slot);
 cpl_status cpl_cuda_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
 cpl_status cpl_cuda_replay(cpl_device *dev, cpl_graph *graph);
 void cpl_cuda_forget(cpl_device *dev, cpl_graph *graph);
 void cpl_cuda_marks_free(cpl_cuda *cuda);
 /* Scratch memory that was outgrown: no graph is left that may use it. */
 void cpl_cuda_free_outgrown(cpl_device *dev);
+
+/* kernels/cuda/reach.cu: see kernels/kernels.h. */
+bool cpl_cuda_reaches(const cpl_device *dev, const char *identity);
+cpl_status cpl_cuda_share(cpl_device *dev, const void *memory, cpl_shared_name *out);
+cpl_status cpl_cuda_map(cpl_device *dev, const cpl_shared_name *name, void **out);
+void cpl_cuda_unmap(cpl_device *dev, void *memory);
+cpl_status cpl_cuda_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word);
 
 cpl_status cpl_cuda_linear_open(cpl_device *dev);
 void cpl_cuda_linear_close(cpl_device *dev);

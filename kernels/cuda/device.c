@@ -214,8 +214,10 @@ static void *stream(const cpl_device *dev) {
 
 static void close_device(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
-    if (cuda->stream != NULL) {
-        cudaStreamSynchronize(cuda->stream);
+    for (int i = 0; i < 2; i++) {
+        if (cuda->order[i] != NULL) {
+            cudaStreamSynchronize(cuda->order[i]);
+        }
     }
     cpl_cuda_attention_close(dev);
     cpl_cuda_linear_close(dev);
@@ -225,8 +227,10 @@ static void close_device(cpl_device *dev) {
         cpl_free(&cuda->table[i].host);
     }
     cpl_cuda_marks_free(cuda);
-    if (cuda->stream != NULL) {
-        cudaStreamDestroy(cuda->stream);
+    for (int i = 0; i < 2; i++) {
+        if (cuda->order[i] != NULL) {
+            cudaStreamDestroy(cuda->order[i]);
+        }
     }
     cpl_free(&cuda->outgrown);
     cpl_free(&cuda);
@@ -277,7 +281,9 @@ static cpl_status open_device(cpl_device *dev, int gpu, int threads) {
     CPL_TRY(choose(dev, gpu));
     cuda->threads = threads > 0 ? threads : 1;
     cuda->blocking = blocking != NULL && strcmp(blocking, "1") == 0;
-    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->order[0], cudaStreamNonBlocking));
+    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->order[1], cudaStreamNonBlocking));
+    cuda->stream = cuda->order[0];
     CPL_TRY(cpl_nvml_open(&cuda->nvml, cuda->nvml_missing));
     CPL_TRY(cpl_cuda_linear_open(dev));
 done:
@@ -309,8 +315,15 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .wait = cpl_cuda_wait_mark,
                                       .mark_ms = cpl_cuda_mark_ms,
                                       .over = cpl_cuda_over_mark,
+                                      .order = cpl_cuda_order,
+                                      .follow = cpl_cuda_follow,
                                       .identity = identity,
                                       .stream = stream,
+                                      .reaches = cpl_cuda_reaches,
+                                      .share = cpl_cuda_share,
+                                      .map = cpl_cuda_map,
+                                      .unmap = cpl_cuda_unmap,
+                                      .meet = cpl_cuda_meet,
                                       .record = cpl_cuda_record,
                                       .replay = cpl_cuda_replay,
                                       .forget = cpl_cuda_forget,

@@ -21,7 +21,8 @@ __device__ int64_t tensor_of(const int64_t *begin, int64_t tensors, int64_t i) {
     return low;
 }
 
-/* Elements [first, last), one of which is not finite, to the tensors they are in; a block, one atomic a tensor. */
+/* Elements [first, last), one of which is not finite, to the tensors they are in; a block, one atomic a tensor. kinds may be
+ * another device's, which writes there too. */
 __device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin, int64_t tensors,
                                        int64_t first, int64_t last) {
     for (int64_t t = tensor_of(begin, tensors, first); t < tensors && begin[t] < last; t++) {
@@ -34,7 +35,7 @@ __device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const flo
         }
         uint32_t found = (__syncthreads_or(inf) ? 1u : 0u) | (__syncthreads_or(nan) ? 2u : 0u);
         if (threadIdx.x == 0 && found != 0) {
-            atomicOr(&kinds[t], found);
+            atomicOr_system(&kinds[t], found);
             atomicOr(any, 1u);
         }
     }
@@ -95,6 +96,111 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (__syncthreads_or(largest >= CPL_KEY_INF)) {
         attribute(kinds, any, grad, begin, tensors, first, last);
+    }
+}
+
+/* v[LOW] = the tree over v[LOW .. HIGH-1]. */
+template <int LOW, int HIGH> __device__ __forceinline__ void tree_sum(packed<float, 4> *v) {
+    if constexpr (HIGH - LOW > 1) {
+        constexpr int MIDDLE = LOW + (HIGH - LOW) / 2;
+        tree_sum<LOW, MIDDLE>(v);
+        tree_sum<MIDDLE, HIGH>(v);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[LOW].at[j] += v[MIDDLE].at[j];
+        }
+    }
+}
+
+template <int RANKS> struct gradients {
+    float *grad[RANKS], *own;
+    uint32_t *kinds[RANKS];
+    double *chunk_sums[RANKS];
+};
+
+/* A block a chunk of [origin, end), which begins at chunk number `chunk`. The sums wait in registers until all contributions have
+ * been looked at, for the own one is where they go. */
+template <int RANKS>
+__global__ void __launch_bounds__(THREADS) sum_kernel(const gradients<RANKS> g, uint32_t *any, const int64_t *begin,
+                                                      int64_t tensors, int64_t origin, int64_t end, bool wide) {
+    constexpr int PACKS = CPL_SUM_CHUNK / (4 * THREADS);
+    __shared__ double shared[32];
+    int64_t first = origin + blockIdx.x * (int64_t)CPL_SUM_CHUNK, last = first + CPL_SUM_CHUNK < end ? first + CPL_SUM_CHUNK : end;
+    bool whole = wide && last - first == CPL_SUM_CHUNK;
+    packed<float, 4> v[PACKS][RANKS];
+    uint32_t largest = 0;
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        int64_t at = first + (k * THREADS + threadIdx.x) * 4;
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) {
+            if (whole) {
+                v[k][r] = load<float, 4>(g.grad[r] + at);
+            } else {
+                for (int j = 0; j < 4; j++) {
+                    v[k][r].at[j] = at + j < last ? g.grad[r][at + j] : 0.0f;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                largest = max(largest, key_of(v[k][r].at[j]));
+            }
+        }
+        tree_sum<0, RANKS>(v[k]);
+    }
+    if (__syncthreads_or(largest >= CPL_KEY_INF)) {
+        for (int r = 0; r < RANKS; r++) {
+            attribute(g.kinds[r], any, g.grad[r], begin, tensors, first, last);
+        }
+        __syncthreads();
+    }
+    double sum = 0;
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        int64_t at = first + (k * THREADS + threadIdx.x) * 4;
+        if (whole) {
+            store(g.own + at, v[k][0]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (!whole && at + j < last) {
+                g.own[at + j] = v[k][0].at[j];
+            }
+            sum = chunk_term<true>(sum, v[k][0].at[j]);
+        }
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x < RANKS) {
+        g.chunk_sums[threadIdx.x][blockIdx.x] = sum;
+    }
+}
+
+template <int RANKS>
+cpl_status launch_sum(cpl_device *dev, const cpl_reach *grad, const cpl_reach *kinds, const cpl_reach *chunk_sums, uint32_t *any,
+                      const int64_t *table, int64_t tensors, int64_t first, int64_t last) {
+    if constexpr (RANKS > CPL_REACH_MOST) {
+        return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "grad_sum over %d ranks", grad->count);
+    } else if (grad->count != RANKS) {
+        return launch_sum<RANKS + 1>(dev, grad, kinds, chunk_sums, any, table, tensors, first, last);
+    } else {
+        gradients<RANKS> g;
+        bool wide = true;
+        g.own = (float *)grad->at[grad->own];
+        for (int r = 0; r < RANKS; r++) {
+            g.grad[r] = (float *)grad->at[r];
+            g.kinds[r] = (uint32_t *)kinds->at[r];
+            g.chunk_sums[r] = (double *)chunk_sums->at[r] + first / CPL_SUM_CHUNK;
+            wide = wide && aligned16(g.grad[r]);
+        }
+        sum_kernel<RANKS><<<(unsigned)cpl_ceil_div(last - first, CPL_SUM_CHUNK), THREADS, 0, cpl_cuda_stream(dev)>>>(
+            g, any, table, tensors, first, last, wide);
+        return cpl_cuda_launched(dev, "grad_sum");
     }
 }
 
@@ -178,6 +284,17 @@ extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint
                         : scan_kernel<false>)<<<(unsigned)cpl_ceil_div(n, PIECE), THREADS, 0, cpl_cuda_stream(dev)>>>(
         kinds, any, chunk_sums, grad, (const int64_t *)table, tensors, begin[0], begin[tensors], aligned16(grad + begin[0]));
     return cpl_cuda_launched(dev, "grad_scan");
+}
+
+extern "C" cpl_status CPL_CUDA(grad_sum)(cpl_device *dev, const cpl_reach *grad, const cpl_reach *kinds,
+                                         const cpl_reach *chunk_sums, uint32_t *any, const int64_t *begin, int64_t tensors,
+                                         int64_t first, int64_t last) {
+    const void *table = NULL;
+    if (first == last) {
+        return CPL_OK;
+    }
+    cpl_status st = cpl_cuda_constant(dev, begin, ((size_t)tensors + 1) * sizeof *begin, &table);
+    return st != CPL_OK ? st : launch_sum<1>(dev, grad, kinds, chunk_sums, any, (const int64_t *)table, tensors, first, last);
 }
 
 extern "C" cpl_status CPL_CUDA(sum_squares)(cpl_device *dev, double *chunk_sums, const float *x, int64_t n) {

@@ -6,10 +6,10 @@
 #include <stddef.h>
 #include <cmocka.h>
 
-static const cpl_place two_hosts[4] = {{"a", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
-                                       {"a", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
-                                       {"b", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO},
-                                       {"b", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO}};
+static const cpl_place two_hosts[4] = {{"a", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO},
+                                       {"a", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO},
+                                       {"b", "0000:1b:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO},
+                                       {"b", "0000:43:00.0", CPL_NCCL_AUTO, 1, CPL_NCCL_AUTO, CPL_NCCL_AUTO}};
 static cpl_place place[4];
 static char why[128];
 
@@ -56,6 +56,20 @@ static void test_sums_begin_early_between_hosts_or_as_rank_0_says(void **state) 
     assert_true(cpl_plane_early(place, 2));
 }
 
+static void test_devices_of_one_host_reach_each_other_where_that_is_tried(void **state) {
+    memcpy(place, two_hosts, sizeof place);
+    assert_true(cpl_plane_reach(place, 2) == CPL_NCCL_AUTO);
+    assert_true(cpl_plane_reach(place, 1) == CPL_NCCL_NEVER && cpl_plane_reach(place, 4) == CPL_NCCL_NEVER);
+    place[0].reach = CPL_NCCL_ALWAYS;
+    place[1].reach = CPL_NCCL_NEVER;
+    assert_true(cpl_plane_reach(place, 2) == CPL_NCCL_ALWAYS && cpl_plane_reach(place, 4) == CPL_NCCL_NEVER);
+    place[0].overlap = CPL_NCCL_ALWAYS;
+    assert_true(cpl_plane_reach(place, 2) == CPL_NCCL_NEVER);
+    place[0].overlap = CPL_NCCL_AUTO;
+    place[0].reach = CPL_NCCL_NEVER;
+    assert_true(cpl_plane_reach(place, 2) == CPL_NCCL_NEVER);
+}
+
 static void test_slices_cover_a_part_once_and_start_at_chunks(void **state) {
     static const int64_t lengths[] = {0, 1, 4095, 4096, 4097, 123456};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
@@ -74,11 +88,14 @@ static void test_slices_cover_a_part_once_and_start_at_chunks(void **state) {
 
 /* The plan counts it whether NCCL will be there or not: it must not matter. */
 static void test_sum_by_tree_takes_little_memory_beside_the_buffer(void **state) {
-    assert_int_equal(cpl_reduction_bytes(1 << 20, 2, true), 0);
-    assert_int_equal(cpl_reduction_bytes(1 << 20, 8, false), 0);
+    assert_int_equal(cpl_reduction_bytes(1 << 20, 1, true), 0);
+    assert_int_equal(cpl_reduction_bytes(1 << 20, 2, true), CPL_SHARED_LEAST); /* the board */
+    assert_int_equal(cpl_reduction_bytes(1 << 20, 8, false), CPL_SHARED_LEAST);
+    assert_int_equal(cpl_reduction_bytes(1 << 20, CPL_REACH_MOST + 1, false), 0);
     for (int ranks = 4; ranks <= 64; ranks *= 2) {
         for (int64_t total = 1 << 24; total <= (int64_t)1 << 34; total *= 4) {
-            int64_t bytes = cpl_reduction_bytes(total / ranks, ranks, true);
+            int64_t board = ranks <= CPL_REACH_MOST ? CPL_SHARED_LEAST : 0;
+            int64_t bytes = cpl_reduction_bytes(total / ranks, ranks, true) - board;
             assert_true(bytes > 0 && bytes <= total * 4 / 8 && bytes <= (int64_t)(ranks - 1) << 22);
         }
     }
@@ -90,6 +107,7 @@ int main(void) {
         cmocka_unit_test(test_what_keeps_ranks_from_nccl_is_named),
         cmocka_unit_test(test_one_rank_takes_nccl_where_it_is_demanded),
         cmocka_unit_test(test_sums_begin_early_between_hosts_or_as_rank_0_says),
+        cmocka_unit_test(test_devices_of_one_host_reach_each_other_where_that_is_tried),
         cmocka_unit_test(test_slices_cover_a_part_once_and_start_at_chunks),
         cmocka_unit_test(test_sum_by_tree_takes_little_memory_beside_the_buffer),
     };

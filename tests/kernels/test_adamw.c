@@ -36,8 +36,8 @@ static void run(cpl_device *dev, cpl_dtype dt, model *x, bool masked, float deca
     for (int t = 0; t < steps; t++) {
         float *grad = test_normals(100 + (uint32_t)t, N, 4.0f);
         x->state.adam_step++;
-        assert_ok(
-            CPL_OPS(dev, adamw, dt, x->param, x->work, x->m, x->v, grad, masked ? x->mask : NULL, N, decay, &x->state, &rules));
+        assert_ok(CPL_OPS(dev, adamw, dt, x->param, x->work, NULL, x->m, x->v, grad, masked ? x->mask : NULL, N, decay, &x->state,
+                          &rules));
         test_release(&grad);
     }
 }
@@ -143,6 +143,42 @@ static void test_working_copy_may_be_absent_apart_or_the_parameter(void **unused
     test_on_devices(work_is_optional);
 }
 
+/* Two other ranks' copies, one of them at an odd address, beside the own. */
+static void others_get_it(cpl_device *dev) {
+    const cpl_dtype types[] = {CPL_F32, CPL_BF16, CPL_F16};
+    for (int k = 0; k < 3; k++) {
+        size_t size = cpl_dtype_size(types[k]);
+        for (int odd = 0; odd < 2; odd++) {
+            model x = model_create(types[k]), y = model_create(types[k]);
+            char *far[2] = {test_array(N + 1, size), test_array(N + 1, size)};
+            const cpl_reach others = {{far[0], NULL, far[1] + (size_t)odd * size}, 3, 1};
+            float *grad = test_normals(100, N, 4.0f);
+            run(dev, types[k], &x, k > 0, 0.1f, 1);
+            y.state.adam_step++;
+            assert_ok(CPL_OPS(dev, adamw, types[k], y.param, types[k] == CPL_F32 ? y.param : y.work, &others, y.m, y.v, grad,
+                              k > 0 ? y.mask : NULL, N, 0.1f, &y.state, &rules));
+            test_same_bits("param", y.param, x.param, N * 4);
+            test_same_bits("first other", others.at[0], x.work, N * size);
+            test_same_bits("second other", others.at[2], x.work, N * size);
+            y.state.skip = 1;
+            memset(others.at[0], 0, N * size);
+            assert_ok(CPL_OPS(dev, adamw, types[k], y.param, y.work, &others, y.m, y.v, grad, NULL, N, 0.1f, &y.state, &rules));
+            for (size_t i = 0; i < N * size; i++) {
+                assert_int_equal(((char *)others.at[0])[i], 0);
+            }
+            test_release(&grad);
+            test_release(&far[0]);
+            test_release(&far[1]);
+            model_destroy(&x);
+            model_destroy(&y);
+        }
+    }
+}
+static void test_other_ranks_working_copies_get_the_same(void **unused) {
+    (void)unused;
+    test_on_devices(others_get_it);
+}
+
 static void test_threads_and_position_do_not_show_in_the_bits(void **unused) {
     (void)unused;
     for (int k = 0; test_isas[k] != NULL; k++) {
@@ -156,9 +192,9 @@ static void test_threads_and_position_do_not_show_in_the_bits(void **unused) {
         for (int t = 0; t < 3; t++) { /* in two shards that begin anywhere */
             float *grad = test_normals(100 + (uint32_t)t, N, 4.0f);
             z.state.adam_step++;
-            assert_ok(CPL_OPS(one, adamw, CPL_F16, z.param, z.work, z.m, z.v, grad, z.mask, 7, 0.1f, &z.state, &rules));
-            assert_ok(CPL_OPS(one, adamw, CPL_F16, z.param + 7, (uint16_t *)z.work + 7, z.m + 7, z.v + 7, grad + 7, z.mask + 7,
-                              N - 7, 0.1f, &z.state, &rules));
+            assert_ok(CPL_OPS(one, adamw, CPL_F16, z.param, z.work, NULL, z.m, z.v, grad, z.mask, 7, 0.1f, &z.state, &rules));
+            assert_ok(CPL_OPS(one, adamw, CPL_F16, z.param + 7, (uint16_t *)z.work + 7, NULL, z.m + 7, z.v + 7, grad + 7,
+                              z.mask + 7, N - 7, 0.1f, &z.state, &rules));
             test_release(&grad);
         }
         test_same_bits("threads, param", x.param, y.param, N * 4);
@@ -179,6 +215,7 @@ int main(void) {
         cmocka_unit_test(test_skipped_step_leaves_every_bit),
         cmocka_unit_test(test_masked_weights_and_moments_are_exactly_0),
         cmocka_unit_test(test_working_copy_may_be_absent_apart_or_the_parameter),
+        cmocka_unit_test(test_other_ranks_working_copies_get_the_same),
         cmocka_unit_test(test_threads_and_position_do_not_show_in_the_bits),
     };
     return test_main(tests, NULL, NULL);

@@ -95,6 +95,98 @@ static void test_sums_of_squares_are_per_chunk_in_f64(void **unused) {
     test_on_devices(squares);
 }
 
+/* The tree over ranks that kernels/ops.def says. */
+static float tree_of(float *const *x, int low, int high, int64_t i) {
+    if (high - low == 1) {
+        return x[low][i];
+    }
+    int middle = low + (high - low) / 2;
+    float left = tree_of(x, low, middle, i), right = tree_of(x, middle, high, i);
+    return left + right;
+}
+
+/* All ranks' parts one after another, on one device; from an address that is a multiple of 16 bytes, or not. */
+static void sums_over(cpl_device *dev, int ranks, int shift) {
+    enum { CHUNKS = (N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK };
+    cpl_reach grad = {.count = ranks}, kinds = {.count = ranks}, sums = {.count = ranks};
+    float *x[CPL_REACH_MOST], *kept[CPL_REACH_MOST], *want = test_array(N, sizeof *want);
+    uint32_t *any = test_array(ranks, sizeof *any), want_kinds[TENSORS], want_any = 0, seen = 0;
+    double *want_sums = test_array(CHUNKS, sizeof *want_sums);
+    for (int r = 0; r < ranks; r++) {
+        x[r] = test_normals(20 + (uint32_t)r, N + 1, 1.0f);
+        x[r][shift + (r * 9973 + 150) % N] = r % 2 ? NAN : -INFINITY;
+        kept[r] = test_array(N, sizeof *kept[r]);
+        memcpy(kept[r], x[r] + shift, N * sizeof *want);
+        grad.at[r] = x[r] + shift;
+        kinds.at[r] = test_array(TENSORS, sizeof(uint32_t));
+        sums.at[r] = test_array(CHUNKS, sizeof(double));
+    }
+    for (int r = 0; r < ranks; r++) {
+        int64_t first = CHUNKS * r / ranks * CPL_SUM_CHUNK, last = r + 1 == ranks ? N : CHUNKS * (r + 1) / ranks * CPL_SUM_CHUNK;
+        grad.own = kinds.own = sums.own = r;
+        assert_ok(CPL_OPS(dev, grad_sum, &grad, &kinds, &sums, &any[r], begin, TENSORS, first, last));
+        for (int64_t i = first; i < last; i++) {
+            want[i] = tree_of(kept, 0, ranks, i);
+            if (isfinite(want[i])) { /* the bits of a NaN are the device's own */
+                assert_memory_equal(&x[r][shift + i], &want[i], sizeof want[i]);
+            } else {
+                assert_true(isinf(want[i]) ? x[r][shift + i] == want[i] : isnan(x[r][shift + i]));
+            }
+        }
+        seen |= any[r];
+    }
+    assert_ok(CPL_OPS(dev, sum_squares, want_sums, want, N));
+    for (int r = 0; r < ranks; r++) {
+        for (int c = 0; c < CHUNKS; c++) {
+            double sum = ((double *)sums.at[r])[c];
+            assert_true(sum == want_sums[c] || (isnan(sum) && isnan(want_sums[c])));
+        }
+        scan(dev, kept[r], want_kinds, &want_any);
+        assert_memory_equal(kinds.at[r], want_kinds, sizeof want_kinds);
+        test_release(&x[r]);
+        test_release(&kept[r]);
+        test_release(&kinds.at[r]);
+        test_release(&sums.at[r]);
+    }
+    assert_int_equal(seen, want_any);
+    test_release(&any);
+    test_release(&want);
+    test_release(&want_sums);
+}
+static void sums_ranks(cpl_device *dev) {
+    for (int ranks = 1; ranks <= CPL_REACH_MOST; ranks++) {
+        sums_over(dev, ranks, ranks % 2);
+        sums_over(dev, ranks, 1 - ranks % 2);
+    }
+}
+static void test_gradients_of_ranks_are_summed_as_a_tree_and_scanned(void **unused) {
+    (void)unused;
+    test_on_devices(sums_ranks);
+}
+
+static void finite_ranks(cpl_device *dev) {
+    float *x = test_normals(5, N, 1e30f), *y = test_normals(6, N, 1.0f);
+    enum { CHUNKS = (N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK };
+    uint32_t kinds[2][TENSORS] = {{0}}, any = 0;
+    double sums[2][CHUNKS];
+    const cpl_reach grad = {{x, y}, 2, 1}, found = {{kinds[0], kinds[1]}, 2, 1}, squares_of = {{sums[0], sums[1]}, 2, 1};
+    memset(sums, 0xff, sizeof sums);
+    assert_ok(CPL_OPS(dev, grad_sum, &grad, &found, &squares_of, &any, begin, TENSORS, CPL_SUM_CHUNK, CPL_SUM_CHUNK));
+    assert_true(isnan(sums[0][1]));
+    assert_ok(CPL_OPS(dev, grad_sum, &grad, &found, &squares_of, &any, begin, TENSORS, CPL_SUM_CHUNK, 2 * CPL_SUM_CHUNK));
+    assert_int_equal(any, 0);
+    for (int t = 0; t < TENSORS; t++) {
+        assert_int_equal(kinds[0][t] | kinds[1][t], 0);
+    }
+    assert_true(isnan(sums[0][0]) && isnan(sums[1][2]) && sums[0][1] > 0 && sums[0][1] == sums[1][1]);
+    test_release(&x);
+    test_release(&y);
+}
+static void test_a_part_leaves_the_rest_alone(void **unused) {
+    (void)unused;
+    test_on_devices(finite_ranks);
+}
+
 static void counts_exponents(cpl_device *dev) {
     float *x = test_normals(3, N, 1e-3f);
     const float special[] = {0, -0.0f, 1e-45f, -1.1e-38f, INFINITY, -INFINITY, NAN, 3.402823466e38f, -65504, 1.17549435e-38f};
@@ -154,6 +246,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_any_bad_value_is_found_in_its_tensor),
         cmocka_unit_test(test_kinds_of_a_tensor_add_up_and_the_flag_stays_raised),
+        cmocka_unit_test(test_gradients_of_ranks_are_summed_as_a_tree_and_scanned),
+        cmocka_unit_test(test_a_part_leaves_the_rest_alone),
         cmocka_unit_test(test_sums_of_squares_are_per_chunk_in_f64),
         cmocka_unit_test(test_exponents_are_counted_and_the_largest_finite_value_is_kept),
         cmocka_unit_test(test_sums_have_the_same_bits_on_every_instruction_set_and_thread_count),

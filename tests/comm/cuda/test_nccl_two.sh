@@ -1,14 +1,23 @@
-# NCCL on 2 GPUs: the bits of sums, of training jobs with and without it, sharded and replicated, linear and tree, after a fault on one rank;
-# and a rank that is killed ends the other within seconds.
+# Several GPUs, through NCCL alone and where they reach each other's memory: the bits of sums, of training jobs with and without it, sharded and
+# replicated, linear and tree, after a fault on one rank; and a rank that is killed ends the other within seconds.
 # Refuses to pass with fewer than 2 GPUs: it is skipped and says so.
 # ctest: TIMEOUT 900
 . "$CUPEL_SOURCE/tests/comm/cuda/nccl.sh"
 ((${gpus:-0} >= 2)) || skip "2 GPUs are needed, ${gpus:-0} are here"
 
 for ((n = 2; n <= gpus && n <= 4; n++)); do
-    ranks $n "$CUPEL_BUILD/ranks_nccl" >out.txt 2>&1 || { cat out.txt >&2; fail "ranks_nccl on $n ranks"; }
-    has out.txt "$n ranks"
+    for reach in 0 1; do
+        CUPEL_REACH=$reach ranks $n "$CUPEL_BUILD/ranks_nccl" >out.txt 2>&1 || { cat out.txt >&2; fail "ranks_nccl on $n ranks, CUPEL_REACH=$reach"; }
+        has out.txt "$n ranks"
+    done
 done
+
+# A GPU that does not see the other's cannot reach it: said, and NCCL does it all.
+hidden='CUDA_VISIBLE_DEVICES=$OMPI_COMM_WORLD_LOCAL_RANK exec "$CUPEL" run job.yaml --set run.device=cuda --out "$0"'
+ranks 2 bash -c "$hidden" hidden >out.txt 2>&1 || { cat out.txt >&2; fail "one visible GPU a rank"; }
+has out.txt "sums go through NCCL alone: rank 0: GPU"
+CUPEL_REACH=1 ranks 2 bash -c "$hidden" demanded >out.txt 2>&1 && fail "CUPEL_REACH=1 with one visible GPU a rank"
+has out.txt "CUPEL_REACH=1 demands GPUs that reach each other's memory: rank 0: GPU"
 
 # first_step DIR PID: waits until the job PID has made a step.
 first_step() {
@@ -25,8 +34,11 @@ for size in teacher.width=32 'teacher.width=512 teacher.layers=4 teacher.heads=8
     w=${size%% *} w=${w#*=}
     for p in fp32 bf16 fp16; do
         run mpi-$w-$p 2 0 teacher.precision=$p $size
-        run nccl-$w-$p 2 1 teacher.precision=$p $size
+        CUPEL_REACH=0 run nccl-$w-$p 2 1 teacher.precision=$p $size
         same "$(model mpi-$w-$p)" "$(model nccl-$w-$p)" param m v metrics_eval
+        CUPEL_REACH=1 run reach-$w-$p 2 1 teacher.precision=$p $size
+        has out.txt "from GPU to GPU"
+        same "$(model mpi-$w-$p)" "$(model reach-$w-$p)" param m v metrics_eval
         CUPEL_OVERLAP=1 run early-$w-$p 2 1 teacher.precision=$p $size
         same "$(model mpi-$w-$p)" "$(model early-$w-$p)" param m v metrics_eval
         run replicated-$w-$p 2 1 teacher.precision=$p teacher.optimizer=replicated $size
@@ -54,11 +66,13 @@ run half 2 1 "${long[@]}"
 has out.txt "resuming from step"
 same "$(model whole)" "$(model half)" param m v
 
-for nccl in 0 1; do
-    run fault-$nccl 2 $nccl teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_step=2 teacher.inject_rank=1 teacher.inject_tensor=wte
+for nccl in 0 1 2; do
+    CUPEL_REACH=$((nccl / 2)) run fault-$nccl 2 $((nccl > 0)) teacher.precision=fp16 teacher.loss_scale=1024 teacher.inject_step=2 teacher.inject_rank=1 teacher.inject_tensor=wte
     [ "$(values fault-$nccl/results.h5 /stages/teacher/overflow)" = "0 0 1 0 0 0" ] || fail "overflow: $(values fault-$nccl/results.h5 /stages/teacher/overflow)"
 done
 same "$(model fault-0)" "$(model fault-1)" param m v
+same "$(model fault-0)" "$(model fault-2)" param m v
+for n in 1 2; do same_log=$(diff <(grep -o '"event":"overflow".*' fault-0/log.jsonl) <(grep -o '"event":"overflow".*' fault-$n/log.jsonl)) || fail "overflow told otherwise: $same_log"; done
 
 # A rank is killed in the middle of its work: the job ends soon, and says which rank it was.
 CUPEL_NCCL=1 ranks 2 "$CUPEL" run job.yaml --out killed --set run.device=cuda --set teacher.width=512 --set teacher.layers=8 --set teacher.heads=8 \

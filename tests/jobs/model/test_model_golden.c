@@ -135,8 +135,8 @@ static void test_golden_parameters_after_adamw_steps(void **state) {
         }
         assert_ok(CPL_OPS(dev, sum_squares, sums, r.grad, n));
         assert_ok(CPL_OPS(dev, step_control, r.state, &rules, overflow, sums, chunks));
-        assert_ok(CPL_OPS(dev, adamw, CPL_F32, w, w, m, v, r.grad, NULL, decayed, golden_decay, r.state, &rules));
-        assert_ok(CPL_OPS(dev, adamw, CPL_F32, w + decayed, w + decayed, m + decayed, v + decayed, r.grad + decayed, NULL,
+        assert_ok(CPL_OPS(dev, adamw, CPL_F32, w, w, NULL, m, v, r.grad, NULL, decayed, golden_decay, r.state, &rules));
+        assert_ok(CPL_OPS(dev, adamw, CPL_F32, w + decayed, w + decayed, NULL, m + decayed, v + decayed, r.grad + decayed, NULL,
                           n - decayed, 0.0f, r.state, &rules));
         assert_ok(CPL_OPS(dev, download, &host, r.state, sizeof host));
         close_to("loss of a step", loss, golden_step_loss[step], test_slack(4e-6));

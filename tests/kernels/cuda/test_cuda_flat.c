@@ -163,7 +163,7 @@ static void check_adamw(cpl_dtype dt, int64_t n, bool masked, bool skip) {
               g = test_twin_act(CPL_F32, 8, n, 1.0f);
     test_twin work = test_twin_act(dt, 9, n, 1.0f);
     for (int d = 0; d < 2; d++) {
-        assert_ok(CPL_OPS(test_on[d], adamw, dt, p.on[d], dt == CPL_F32 ? p.on[d] : work.on[d], m.on[d], v.on[d], g.on[d],
+        assert_ok(CPL_OPS(test_on[d], adamw, dt, p.on[d], dt == CPL_F32 ? p.on[d] : work.on[d], NULL, m.on[d], v.on[d], g.on[d],
                           masked ? mask.on[d] : NULL, n, 0.1f, s.on[d], &rules));
     }
     if (skip) {
