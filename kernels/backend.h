@@ -29,8 +29,6 @@ typedef struct {
     cpl_status (*wait)(cpl_device *dev, int slot);
     cpl_status (*mark_ms)(cpl_device *dev, int from, int to, double *ms);
     cpl_status (*over)(cpl_device *dev, int slot, bool *over);
-    void (*order)(cpl_device *dev, int order);
-    cpl_status (*follow)(cpl_device *dev, int slot);
     void (*identity)(const cpl_device *dev, char *out, size_t size);
     void *(*stream)(const cpl_device *dev);
     /* NULL: no other process reaches its memory. */

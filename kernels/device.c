@@ -276,18 +276,6 @@ cpl_status cpl_device_over(cpl_device *dev, int slot, bool *over) {
     return backend->over == NULL ? CPL_OK : backend->over(dev, slot, over);
 }
 
-void cpl_device_order(cpl_device *dev, int order) {
-    const cpl_backend *backend = shared_of(dev)->backend;
-    if (backend->order != NULL) {
-        backend->order(dev, order);
-    }
-}
-
-cpl_status cpl_device_follow(cpl_device *dev, int slot) {
-    const cpl_backend *backend = shared_of(dev)->backend;
-    return backend->follow == NULL ? CPL_OK : backend->follow(dev, slot);
-}
-
 void cpl_device_identity(const cpl_device *dev, char *out, size_t size) {
     const cpl_backend *backend = shared_of(dev)->backend;
     out[0] = '\0';

@@ -164,12 +164,6 @@ cpl_status cpl_device_mark_ms(cpl_device *dev, int from, int to, double *ms);
 /* The same without waiting: *over says whether wait would return at once. */
 cpl_status cpl_device_over(cpl_device *dev, int slot, bool *over);
 
-/* Order 0 is that of all operations, order 1 another beside it: order says where what follows is enqueued, follow that it waits for
- * a mark of the other order. Graphs begin and end in order 0, to which order 1 must have come back by then. There, only what takes
- * no scratch memory: grad_sum, meetings. Marks from CPL_MARKS on are for this. */
-void cpl_device_order(cpl_device *dev, int order);
-cpl_status cpl_device_follow(cpl_device *dev, int slot);
-
 /* For those who move device memory beside the operations. identity: the GPU's place on this host, the same for all processes that
  * use it (PCI bus, device, function); "" where the device is the host. stream: the order of all operations (cudaStream_t), NULL
  * there. */

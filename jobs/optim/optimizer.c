@@ -4,7 +4,6 @@
 #include <string.h>
 
 enum { UPDATE_SLICES = 4 };
-enum { FORKED = CPL_MARKS, MET, SUMMED }; /* marks between the two orders of operations */
 
 cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches) {
     bool dynamic =
@@ -231,51 +230,13 @@ static cpl_status scan_range(cpl_optimizer *o, int64_t first, int64_t last) {
     return CPL_OPS(o->dev, grad_scan, o->kinds + first, o->overflow, chunk_sums, o->grad + begin[first], o->relative, last - first);
 }
 
-/* This rank's part of elements [first, last) of all gradients, out of the memory of all. */
-static cpl_status sum_by_reach(cpl_optimizer *o, int64_t first, int64_t last) {
+/* This rank's part of all gradients, out of the memory of all. */
+static cpl_status sum_by_reach(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
     const cpl_reach grad = part_of(o, o->grad), kinds = part_of(o, o->kinds), chunk_sums = part_of(o, o->chunk_sums);
-    int64_t from = first > o->begin ? first : o->begin, to = last < o->begin + o->n ? last : o->begin + o->n;
-    return from >= to
-               ? CPL_OK
-               : CPL_OPS(o->dev, grad_sum, &grad, &kinds, &chunk_sums, o->overflow, o->layout->begin, o->layout->count, from, to);
-}
-
-/* Where the gradients begin that are final before the embeddings' are, at a chunk. */
-static int64_t blocks_begin(const cpl_layout *l) {
-    int64_t first = 0, last = 0;
-    cpl_layout_range(l, cpl_layout_ranges(l) - 1, &first, &last);
-    return (l->begin[last] + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK * CPL_SUM_CHUNK;
-}
-
-/* The last but one range of a backward pass is final, with it all but the embeddings: what is left there fills neither the
- * multiprocessors nor the links between GPUs. */
-static cpl_status sum_beside(cpl_optimizer *o) {
-    cpl_status st = CPL_OK;
-    CPL_TRY(cpl_device_mark(o->dev, FORKED));
-    cpl_device_order(o->dev, 1);
-    CPL_TRY(cpl_device_follow(o->dev, FORKED));
-    CPL_TRY(cpl_comm_meet(o->comm, NULL)); /* these gradients are final, and all kinds cleared, on all ranks */
-    CPL_TRY(cpl_device_mark(o->dev, MET));
-    CPL_TRY(sum_by_reach(o, blocks_begin(o->layout), o->layout->total));
-    CPL_TRY(cpl_device_mark(o->dev, SUMMED));
-    o->beside = true;
-done:
-    cpl_device_order(o->dev, 0);
-    return st;
-}
-
-/* What of the sum was not made beside the backward pass. */
-static cpl_status sum_the_rest(cpl_optimizer *o) {
-    cpl_status st = CPL_OK;
-    if (o->beside) {
-        CPL_TRY(cpl_device_follow(o->dev, MET)); /* meetings come one after another */
-    }
-    CPL_TRY(cpl_comm_meet(o->comm, NULL));
-    CPL_TRY(sum_by_reach(o, 0, o->beside ? blocks_begin(o->layout) : o->layout->total));
-    if (o->beside) {
-        CPL_TRY(cpl_device_follow(o->dev, SUMMED));
-    }
-    o->beside = false;
+    CPL_TRY(cpl_comm_meet(o->comm, NULL)); /* all gradients are final, all kinds cleared */
+    CPL_TRY(CPL_OPS(o->dev, grad_sum, &grad, &kinds, &chunk_sums, o->overflow, o->layout->begin, o->layout->count, o->begin,
+                    o->begin + o->n));
 done:
     return st;
 }
@@ -283,43 +244,31 @@ done:
 static cpl_status scan_and_sum(void *to, int64_t first, int64_t last) {
     cpl_status st = CPL_OK;
     cpl_optimizer *o = to;
-    if (reaches(o)) {
-        return last == o->layout->count ? sum_beside(o) : CPL_OK;
-    }
     CPL_TRY(scan_range(o, first, last));
     CPL_TRY(cpl_reduction_add(&o->reduction, o->layout->begin[first], o->layout->begin[last]));
 done:
     return st;
 }
 
-/* Range by range, as the backward pass announces them. */
-static bool sums_early(const cpl_optimizer *o) {
-    return cpl_comm_sums_early(o->comm) && !o->reduction.exact;
-}
-
 bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
-    return reaches(o) || sums_early(o);
-}
-
-static cpl_status clear_kinds(cpl_optimizer *o) {
-    return CPL_OPS(o->dev, zero, o->kinds, (size_t)(o->layout->count + 1) * sizeof *o->kinds); /* overflow too */
+    return cpl_comm_sums_early(o->comm) && !o->reduction.exact;
 }
 
 cpl_status cpl_optimizer_overlap(cpl_optimizer *o, const cpl_grad_ready **ready) {
     sum_anew(o);
     *ready = &o->ready;
-    return clear_kinds(o);
+    return CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow);
 }
 
 /* By the same ranges where another run overlaps: what a graph uses must have been used before. */
 cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    int64_t ranges = sums_early(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
-    CPL_TRY(clear_kinds(o));
+    int64_t ranges = cpl_optimizer_overlaps(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
     if (reaches(o)) {
-        return CPL_OK;
+        return CPL_OPS(o->dev, zero, o->kinds, (size_t)(o->layout->count + 1) * sizeof *o->kinds); /* overflow too */
     }
     sum_anew(o);
+    CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
     for (int64_t k = 0; k < ranges; k++) {
         if (ranges > 1) {
             cpl_layout_range(o->layout, k, &first, &last);
@@ -335,7 +284,7 @@ done:
 static cpl_status sum_over_ranks(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int64_t first = 0, last = 0;
-    if (!sums_early(o)) {
+    if (!cpl_optimizer_overlaps(o)) {
         CPL_TRY(cpl_reduction_add(&o->reduction, 0, o->layout->total));
     }
     for (int64_t k = 0; o->reduction.covered < o->layout->total && k < cpl_layout_ranges(o->layout); k++) {
@@ -405,7 +354,7 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
 
 cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    CPL_TRY(reaches(o) ? sum_the_rest(o) : sum_over_ranks(o));
+    CPL_TRY(reaches(o) ? sum_by_reach(o) : sum_over_ranks(o));
     if (!o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
     }

@@ -29,7 +29,6 @@ typedef struct {
     /* device */
     char *block;        /* owned: what all ranks' devices reach where cpl_comm_reaches */
     cpl_reach shared;   /* block of all ranks; count 0: not shared */
-    bool beside;        /* a part of the sum is in the other order of operations */
     void *work;         /* [total] act, in block: what forward and backward read */
     float *grad;        /* [total], in block: sum over this rank's micro-batches, still scaled */
     double *chunk_sums; /* [chunks of total], in block */
@@ -57,12 +56,11 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
  * that is found in cpl_optimizer_step, as the gradients are summed. */
 cpl_status cpl_optimizer_scan(cpl_optimizer *opt);
 /* In place of cpl_optimizer_scan, before the step's last backward pass: *ready (borrowed) is for cpl_model_step, which tells it of
- * each range; then that is scanned, and summed over the ranks beside the rest of the backward pass; where the ranks' devices reach
- * each other's memory, only beside its last operation, all ranges but the embeddings'. The bits are those of the other way. Only
- * while a graph is recorded that cpl_optimizer_step is part of, and on all ranks: one that fails on the way would leave the others'
- * GPUs waiting. */
+ * each range; then that is scanned, and summed over the ranks beside the rest of the backward pass. The bits are those of the other
+ * way. Only while a graph is recorded that cpl_optimizer_step is part of, and on all ranks: one that fails on the way would leave
+ * the others' GPUs waiting. */
 cpl_status cpl_optimizer_overlap(cpl_optimizer *opt, const cpl_grad_ready **ready);
-/* Whether that is of use: cpl_comm_reaches, or cpl_comm_sums_early and reduction: linear. */
+/* Whether that is of use: cpl_comm_sums_early and reduction: linear. */
 bool cpl_optimizer_overlaps(const cpl_optimizer *opt);
 /* The learning rate of the steps that follow; lr: of cpl_device_host_alloc, as for feed. */
 cpl_status cpl_optimizer_feed_lr(cpl_optimizer *opt, const float *lr);

@@ -44,8 +44,7 @@ typedef struct {
     int threads;                       /* of the host, for the parts that run there */
     bool blocking;                     /* CUDA_LAUNCH_BLOCKING: every operation is waited for, so that an error names it */
     bool recording;
-    cudaStream_t order[2];                 /* owned: see cpl_device_order */
-    cudaStream_t stream;                   /* that of the order in which operations are enqueued now */
+    cudaStream_t stream;                   /* owned: all operations, in order */
     int graphs;                            /* recorded and not forgotten */
     void *scratch[CPL_CUDA_SCRATCH_COUNT]; /* as all device memory here: of cpl_device_alloc */
     size_t scratch_bytes[CPL_CUDA_SCRATCH_COUNT];
@@ -93,8 +92,6 @@ cpl_status cpl_cuda_mark(cpl_device *dev, int slot);
 cpl_status cpl_cuda_wait_mark(cpl_device *dev, int slot);
 cpl_status cpl_cuda_mark_ms(cpl_device *dev, int from, int to, double *ms);
 cpl_status cpl_cuda_over_mark(cpl_device *dev, int slot, bool *over);
-void cpl_cuda_order(cpl_device *dev, int order);
-cpl_status cpl_cuda_follow(cpl_device *dev, int slot);
 cpl_status cpl_cuda_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
 cpl_status cpl_cuda_replay(cpl_device *dev, cpl_graph *graph);
 void cpl_cuda_forget(cpl_device *dev, cpl_graph *graph);

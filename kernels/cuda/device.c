@@ -214,10 +214,8 @@ static void *stream(const cpl_device *dev) {
 
 static void close_device(cpl_device *dev) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
-    for (int i = 0; i < 2; i++) {
-        if (cuda->order[i] != NULL) {
-            cudaStreamSynchronize(cuda->order[i]);
-        }
+    if (cuda->stream != NULL) {
+        cudaStreamSynchronize(cuda->stream);
     }
     cpl_cuda_attention_close(dev);
     cpl_cuda_linear_close(dev);
@@ -227,10 +225,8 @@ static void close_device(cpl_device *dev) {
         cpl_free(&cuda->table[i].host);
     }
     cpl_cuda_marks_free(cuda);
-    for (int i = 0; i < 2; i++) {
-        if (cuda->order[i] != NULL) {
-            cudaStreamDestroy(cuda->order[i]);
-        }
+    if (cuda->stream != NULL) {
+        cudaStreamDestroy(cuda->stream);
     }
     cpl_free(&cuda->outgrown);
     cpl_free(&cuda);
@@ -281,9 +277,7 @@ static cpl_status open_device(cpl_device *dev, int gpu, int threads) {
     CPL_TRY(choose(dev, gpu));
     cuda->threads = threads > 0 ? threads : 1;
     cuda->blocking = blocking != NULL && strcmp(blocking, "1") == 0;
-    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->order[0], cudaStreamNonBlocking));
-    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->order[1], cudaStreamNonBlocking));
-    cuda->stream = cuda->order[0];
+    CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
     CPL_TRY(cpl_nvml_open(&cuda->nvml, cuda->nvml_missing));
     CPL_TRY(cpl_cuda_linear_open(dev));
 done:
@@ -315,8 +309,6 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .wait = cpl_cuda_wait_mark,
                                       .mark_ms = cpl_cuda_mark_ms,
                                       .over = cpl_cuda_over_mark,
-                                      .order = cpl_cuda_order,
-                                      .follow = cpl_cuda_follow,
                                       .identity = identity,
                                       .stream = stream,
                                       .reaches = cpl_cuda_reaches,

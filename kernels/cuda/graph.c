@@ -67,17 +67,6 @@ cpl_status cpl_cuda_over_mark(cpl_device *dev, int slot, bool *over) {
     return error == cudaErrorNotReady ? CPL_OK : cpl_cuda_status(error, __FILE__, __LINE__, "wait for the GPU");
 }
 
-void cpl_cuda_order(cpl_device *dev, int order) {
-    cpl_cuda_of(dev)->stream = cpl_cuda_of(dev)->order[order];
-}
-
-cpl_status cpl_cuda_follow(cpl_device *dev, int slot) {
-    cudaEvent_t event = mark_of(cpl_cuda_of(dev), slot);
-    return event == NULL ? CPL_OK
-                         : cpl_cuda_status(cudaStreamWaitEvent(cpl_cuda_stream(dev), event, 0), __FILE__, __LINE__,
-                                           "wait for the other order");
-}
-
 void cpl_cuda_marks_free(cpl_cuda *cuda) {
     for (int i = 0; i < cuda->marks; i++) {
         if (cuda->mark[i] != NULL) {
@@ -112,7 +101,6 @@ cpl_status cpl_cuda_record(cpl_device *dev, cpl_status (*body)(void *context), v
     cuda->recording = true;
     st = body(context);
     cuda->recording = false;
-    cuda->stream = cuda->order[0]; /* also where the body failed in the other */
     cudaError_t ended = cudaStreamEndCapture(cuda->stream, &g->graph);
     CPL_TRY(st);
     CPL_CUDA_TRY("record a graph", ended);
