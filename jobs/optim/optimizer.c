@@ -352,7 +352,7 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
     return CPL_OPS(o->dev, feed, (char *)o->state + offsetof(cpl_step_state, lr), lr, sizeof *lr);
 }
 
-cpl_status cpl_optimizer_step(cpl_optimizer *o) {
+static cpl_status end_of_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     CPL_TRY(reaches(o) ? sum_by_reach(o) : sum_over_ranks(o));
     if (!o->sharded) {
@@ -366,6 +366,12 @@ cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     }
 done:
     return st;
+}
+
+/* Where devices meet, one that does not come leaves the others waiting. */
+cpl_status cpl_optimizer_step(cpl_optimizer *o) {
+    cpl_status st = end_of_step(o);
+    return reaches(o) ? cpl_comm_enqueued(o->comm, st, "end of a training step") : st;
 }
 
 cpl_status cpl_optimizer_download(cpl_optimizer *o, float *param, float *m, float *v, cpl_step_state *state) {
