@@ -64,7 +64,7 @@ static uint32_t scan_part(uint32_t *kinds, const float *grad, const int64_t *beg
 }
 
 static float tree_of(const cpl_reach *grad, int low, int high, int64_t i) {
-    if (high - low == 1) {
+    if (high - low < 2) {
         return ((const float *)grad->at[low])[i];
     }
     int middle = low + (high - low) / 2;

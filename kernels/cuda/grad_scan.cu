@@ -118,8 +118,8 @@ template <int RANKS> struct gradients {
     double *chunk_sums[RANKS];
 };
 
-/* A block a chunk of [origin, end), which begins at chunk number `chunk`. The sums wait in registers until all contributions have
- * been looked at, for the own one is where they go. */
+/* A block a chunk of [origin, end). The sums wait in registers until all contributions have been looked at, for the own one is
+ * where they go. */
 template <int RANKS>
 __global__ void __launch_bounds__(THREADS) sum_kernel(const gradients<RANKS> g, uint32_t *any, const int64_t *begin,
                                                       int64_t tensors, int64_t origin, int64_t end, bool wide) {

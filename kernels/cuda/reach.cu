@@ -59,6 +59,7 @@ extern "C" cpl_status cpl_cuda_share(cpl_device *dev, const void *memory, cpl_sh
     CPL_CUDA_TRY("share memory with other GPUs", cudaIpcGetMemHandle(&handle, (void *)memory));
     memcpy(out, &handle, sizeof handle);
 done:
+    (void)cudaGetLastError(); /* who asks may do without, and the next launch must not find it */
     return st;
 }
 
@@ -68,6 +69,7 @@ extern "C" cpl_status cpl_cuda_map(cpl_device *dev, const cpl_shared_name *name,
     memcpy(&handle, name, sizeof handle);
     CPL_CUDA_TRY("map another GPU's memory", cudaIpcOpenMemHandle(out, handle, cudaIpcMemLazyEnablePeerAccess));
 done:
+    (void)cudaGetLastError();
     return st;
 }
 

@@ -228,7 +228,8 @@ static void test_damaged_hdf5_is_an_error(void **state) {
     assert_ok(cpl_corpus_read(c, CPL_SHARD_H5_CHUNK - 16, 16, tokens));
     assert_fails_like(cpl_corpus_read(c, CPL_SHARD_H5_CHUNK - 15, 16, tokens), CPL_DAMAGED,
                       "d.h5: cannot read tokens 16369 to 16384: ");
-    assert_non_null(strstr(cpl_status_message(), "Fletcher32"));
+    assert_true(strstr(cpl_status_message(), "Fletcher32") != NULL || /* HDF5 1.14 keeps to itself which filter it was */
+                strstr(cpl_status_message(), "filter returned failure") != NULL);
     assert_ok(cpl_corpus_read(c, N - 16, 16, tokens));
     cpl_corpus_close(&c);
     for (size_t left = bytes - 1; left > 0; left = left * 2 / 3) {
