@@ -1,7 +1,7 @@
 /* Devices that meet: several on one GPU stand for ranks, each with a board in its memory.
  * Refuses to prove what a map between processes does: that needs two GPUs (tests/comm/cuda). */
 #include "tests/support/twin.h"
-#include <string.h>
+#include <unistd.h>
 
 enum { MEETINGS = 50 };
 
@@ -58,9 +58,11 @@ static void meet_often(int ranks) {
 
 static void test_devices_wait_for_each_other_and_combine_their_words(void **state) {
     (void)state;
+    alarm(120); /* a device that does not come is waited for without end */
     for (int ranks = 1; ranks <= 4; ranks++) {
         meet_often(ranks);
     }
+    alarm(0);
 }
 
 static void test_a_device_does_not_reach_itself_or_nobody(void **state) {
