@@ -11,7 +11,7 @@ any_hdf5() { pc hdf5-openmpi || pc hdf5-mpich || pc hdf5 || pc hdf5-serial || co
 any_matmul() { header dnnl.h || pc openblas || pc blis || pc mkl-dynamic-lp64-seq; }
 slurm_with_pmix() { command -v slurmctld && command -v slurmd && command -v munged && command -v sbatch && compgen -G '/usr/lib/*/slurm*/mpi_pmix.so'; }
 
-# need GROUP PACKAGES CHECK: the packages of Debian 12 and Ubuntu 24.04 are missing where the group is asked for and the check fails.
+# need GROUP PACKAGES CHECK: the packages of Debian 12, 13 and Ubuntu 24.04 are missing where the group is asked for and the check fails.
 missing=()
 need() { [[ " $groups " != *" $1 "* ]] || eval "$3" >/dev/null 2>&1 || missing+=($2); }
 look() {

@@ -8,6 +8,8 @@ fi
 command -v ssh >/dev/null || export OMPI_MCA_plm_rsh_agent=false
 export OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe PRTE_MCA_hwloc_default_binding_policy=none # Open MPI 5
+# Nodes of the Slurm tests may be one machine, whose own address Open MPI 5 takes for unreachable over TCP when it asks netlink.
+export OMPI_MCA_reachable=weighted
 
 # Where there are GPUs, tests of more ranks than those run all the same.
 export CUPEL_RANKS_PER_GPU=${CUPEL_RANKS_PER_GPU:-16}
