@@ -55,8 +55,8 @@ struct cpl_plane {
     bool early;               /* sums begin while the device still works: cpl_comm_sums_early */
     cpl_reach board;          /* of cpl_device_meet; count 0: the ranks' devices do not reach each other's memory */
 };
-/* comm/reach.c. Collective: makes the board where all devices reach each other, or says in why what is missing; let_go before the
- * device memory ends. Errors: CPL_COMM, agreed. */
+/* comm/reach.c. Collective: makes the board where all devices reach each other, or says in why what is missing; close comes before
+ * the device ends. Errors: CPL_COMM, agreed. */
 cpl_status cpl_reach_open(cpl_comm *c, const char *const *gpu, char *why, size_t size);
 void cpl_reach_close(cpl_comm *c);
 /* Collective, after all agreed to take it. Ends the job where NCCL does not come up on all ranks. */

@@ -128,7 +128,7 @@ void cpl_comm_nccl(char *out, size_t size) {
 static cpl_status open_reach(cpl_comm *c, const cpl_place *place) {
     cpl_status st = CPL_OK;
     const char *gpu[CPL_REACH_MOST];
-    char why[CPL_MESSAGE_MAX] = "at most 8 ranks of one host are needed, and sums that do not begin early";
+    char why[CPL_MESSAGE_MAX] = "the ranks are too many, or on several hosts, or their sums begin early";
     cpl_nccl_wish wish = cpl_plane_reach(place, c->size);
     if (wish != CPL_NCCL_NEVER) {
         for (int r = 0; r < c->size; r++) {
