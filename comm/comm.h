@@ -93,12 +93,13 @@ _Noreturn void cpl_comm_end(const cpl_comm *c, const char *doing);
  * other's memory atomically (NVLink) and see each other's (Slurm must not hide them), and do not sum early. */
 bool cpl_comm_reaches(const cpl_comm *c);
 /* Collective. memory: of cpl_device_alloc, at least CPL_SHARED_LEAST bytes on each rank, borrowed. unshare, collective too, comes
- * before it is freed; of what was not shared it does nothing. */
+ * before it is freed; of what was not shared it does nothing. Errors, agreed: CPL_DEVICE, CPL_COMM. */
 cpl_status cpl_comm_share(cpl_comm *c, cpl_device *dev, void *memory, cpl_reach *out);
 void cpl_comm_unshare(cpl_comm *c, cpl_device *dev, cpl_reach *at);
 /* So many bytes further on. */
 cpl_reach cpl_reach_at(const cpl_reach *base, size_t bytes);
-/* cpl_device_meet of the group's devices; collective, enqueued. */
+/* cpl_device_meet of the group's devices, word as there; collective, enqueued, only where cpl_comm_reaches. Errors: CPL_DEVICE;
+ * then the others' devices wait (cpl_comm_enqueued). */
 cpl_status cpl_comm_meet(cpl_comm *c, uint32_t *word);
 
 /* Or over the ranks of one word in device memory that is 0 or 1: the overflow consensus. */

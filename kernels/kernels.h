@@ -173,7 +173,8 @@ void *cpl_device_stream(const cpl_device *dev);
 /* Processes whose GPUs read, write and atomically change each other's memory (NVLink). reaches: this device that of the GPU with
  * such an identity, which this process must see. share: a name by which another process maps memory of cpl_device_alloc, at least
  * CPL_SHARED_LEAST bytes of it, for CUDA puts several smaller buffers into one block and shares blocks; unmap before its owner
- * frees it. */
+ * frees it. Errors: CPL_DEVICE; CPL_INTERNAL where no process reaches memory of this kind of device. Source: CUDA's programming
+ * guide, interprocess communication. */
 enum { CPL_SHARED_LEAST = 2 << 20 };
 typedef struct {
     unsigned char bytes[64];
@@ -184,7 +185,8 @@ cpl_status cpl_device_map(cpl_device *dev, const cpl_shared_name *name, void **o
 void cpl_device_unmap(cpl_device *dev, void *memory);
 /* board: CPL_BOARD_WORDS u32 of each rank, zeroed before the first meeting. Enqueues: what follows on each device waits until all
  * ranks' devices have come here, and sees what they wrote before. word: in device memory, NULL or |= that of all, 0 or 1. The same
- * calls in the same order on all ranks; a device whose ranks do not all come waits for ever. */
+ * calls in the same order on all ranks; a device whose ranks do not all come waits for ever. Errors: as above. Source: release and
+ * acquire at system scope, PTX ISA, memory consistency model. */
 enum { CPL_BOARD_WORDS = 2 * CPL_REACH_MOST + 1 };
 cpl_status cpl_device_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word);
 
