@@ -318,11 +318,11 @@ done:
 /* ZeRO-1: the own shard in slices, each handed round while the next is updated. The largest shard is rank 0's. */
 static cpl_status update_and_hand_round(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    int slices = cpl_comm_overlaps(o->comm) && o->shard[1] - o->shard[0] >= UPDATE_SLICES * CPL_BUCKET ? UPDATE_SLICES : 1;
     if (reaches(o)) {
         CPL_TRY(update(o, o->begin, o->begin + o->n));
         return cpl_comm_meet(o->comm, NULL); /* all have all weights */
     }
+    int slices = cpl_comm_overlaps(o->comm) && o->shard[1] - o->shard[0] >= UPDATE_SLICES * CPL_BUCKET ? UPDATE_SLICES : 1;
     for (int k = 0; k < slices; k++) {
         int64_t first = 0, last = 0;
         cpl_comm_slice(o->begin, o->begin + o->n, k, slices, &first, &last);

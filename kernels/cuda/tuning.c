@@ -170,7 +170,7 @@ cpl_status cpl_tuning_open(cpl_tuning **out, const char *gpu, int64_t version) {
     cpl_status st = CPL_OK;
     cpl_tuning *t = NULL;
     CPL_TRY(cpl_alloc(&t, 1, sizeof *t, "tuning table"));
-    snprintf(t->title, sizeof t->title, "cupel tuning 1, %.120s, cuBLASLt %lld\n", gpu, (long long)version);
+    snprintf(t->title, sizeof t->title, "cupel tuning 2, %.120s, cuBLASLt %lld\n", gpu, (long long)version);
     find_path(t, gpu, version);
     t->file = t->path[0] == 0 ? -1 : open(t->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     CPL_TRY(cpl_tuning_claim(t));
@@ -248,6 +248,43 @@ cpl_status cpl_tuning_time(cpl_device *dev, cpl_status (*body)(void *context), v
         taken[at] = (double)one;
     }
     *ms = taken[rounds / 2];
+done:
+    for (int i = 0; i < 2; i++) {
+        if (event[i] != NULL) {
+            cudaEventDestroy(event[i]);
+        }
+    }
+    return st;
+}
+
+/* Runs for about as long as asked, at least one. */
+static cpl_status repeat(cpl_status (*body)(void *context), void *context, double about_ms, double long_ms, int64_t *times) {
+    cpl_status st = CPL_OK;
+    *times = 1 + (int64_t)(long_ms / about_ms);
+    for (int64_t i = 0; i < *times; i++) {
+        CPL_TRY(body(context));
+    }
+done:
+    return st;
+}
+
+cpl_status cpl_tuning_sustained(cpl_device *dev, cpl_status (*body)(void *context), void *context, double about_ms, double lead_ms,
+                                double timed_ms, double *ms) {
+    cpl_status st = CPL_OK;
+    cudaStream_t stream = cpl_cuda_stream(dev);
+    cudaEvent_t event[2] = {NULL, NULL};
+    int64_t times = 0;
+    float all = 0;
+    for (int i = 0; i < 2; i++) {
+        CPL_CUDA_TRY("make an event", cudaEventCreate(&event[i]));
+    }
+    CPL_TRY(repeat(body, context, about_ms, lead_ms, &times));
+    CPL_CUDA_TRY("time an operation", cudaEventRecord(event[0], stream));
+    CPL_TRY(repeat(body, context, about_ms, timed_ms, &times));
+    CPL_CUDA_TRY("time an operation", cudaEventRecord(event[1], stream));
+    CPL_CUDA_TRY("time an operation", cudaEventSynchronize(event[1]));
+    CPL_CUDA_TRY("time an operation", cudaEventElapsedTime(&all, event[0], event[1]));
+    *ms = (double)all / (double)times;
 done:
     for (int i = 0; i < 2; i++) {
         if (event[i] != NULL) {

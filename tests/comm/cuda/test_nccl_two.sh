@@ -33,14 +33,18 @@ first_step() {
 for size in teacher.width=32 'teacher.width=512 teacher.layers=4 teacher.heads=8'; do
     w=${size%% *} w=${w#*=}
     for p in fp32 bf16 fp16; do
-        run mpi-$w-$p 2 0 teacher.precision=$p $size
+        run mpi-2-$w-$p 2 0 teacher.precision=$p $size
         CUPEL_REACH=0 run nccl-$w-$p 2 1 teacher.precision=$p $size
-        same "$(model mpi-$w-$p)" "$(model nccl-$w-$p)" param m v metrics_eval
-        CUPEL_REACH=1 run reach-$w-$p 2 1 teacher.precision=$p $size
-        has out.txt "from GPU to GPU"
-        same "$(model mpi-$w-$p)" "$(model reach-$w-$p)" param m v metrics_eval
+        same "$(model mpi-2-$w-$p)" "$(model nccl-$w-$p)" param m v metrics_eval
+        for ((n = 2; n <= gpus && n <= 4; n++)); do
+            settings="teacher.precision=$p teacher.global_batch=$((n == 3 ? 24 : 16)) $size"
+            ((n == 2)) || run mpi-$n-$w-$p $n 0 $settings
+            CUPEL_REACH=1 run reach-$n-$w-$p $n 1 $settings
+            has out.txt "from GPU to GPU"
+            same "$(model mpi-$n-$w-$p)" "$(model reach-$n-$w-$p)" param m v metrics_eval
+        done
         CUPEL_OVERLAP=1 run early-$w-$p 2 1 teacher.precision=$p $size
-        same "$(model mpi-$w-$p)" "$(model early-$w-$p)" param m v metrics_eval
+        same "$(model mpi-2-$w-$p)" "$(model early-$w-$p)" param m v metrics_eval
         run replicated-$w-$p 2 1 teacher.precision=$p teacher.optimizer=replicated $size
         same "$(model nccl-$w-$p)" "$(model replicated-$w-$p)" param m v
         run tree-1-$w-$p 1 0 teacher.precision=$p teacher.reduction=tree $size

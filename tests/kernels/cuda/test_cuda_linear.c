@@ -233,6 +233,35 @@ static void test_our_products_around_gelu(void **state) {
     }
 }
 
+/* [rows,columns] of bf16: 1, but i % most in column i of the first row. */
+static test_twin ones(int64_t rows, int64_t columns, int64_t most) {
+    static const uint16_t small[] = {0, 0x3f80, 0x4000, 0x4040, 0x4080}; /* 0 to 4 */
+    uint16_t *x = NULL;
+    assert_ok(cpl_alloc(&x, (size_t)(rows * columns), sizeof *x, "test"));
+    for (int64_t i = 0; i < rows * columns; i++) {
+        x[i] = small[i < columns ? i % most : 1];
+    }
+    return test_twin_of(x, (size_t)(rows * columns) * sizeof *x);
+}
+
+/* Large enough that its algorithms are timed side by side, on operands that are in use; whole numbers below 2^24 are exact in any
+ * order. */
+static void test_a_large_product_is_exact_whatever_is_chosen(void **state) {
+    shape s = {4096, 2048, 1280};
+    test_twin dy = ones(s.R, s.N, 5), x = ones(s.R, s.K, 4), dw = test_twin_new((size_t)(s.N * s.K) * sizeof(float));
+    for (int times = 1; times <= 3; times++) { /* overwrites, then accumulates */
+        assert_ok(CPL_OPS(test_on[1], linear_bwd_weight, CPL_BF16, dw.on[1], dy.on[1], x.on[1], s.R, s.N, s.K, times == 1));
+        float *found = test_twin_read(&dw, 1);
+        for (int64_t i = 0; i < s.N * s.K; i++) {
+            assert_true(found[i] == (float)(times * (s.R - 1 + i / s.K % 5 * (i % s.K % 4))));
+        }
+        cpl_free(&found);
+    }
+    test_twin_free(&dy);
+    test_twin_free(&x);
+    test_twin_free(&dw);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_gpu_agrees_with_the_cpu),
@@ -241,6 +270,7 @@ int main(void) {
         cmocka_unit_test(test_tf32_is_not_fp32),
         cmocka_unit_test(test_the_same_bits_twice),
         cmocka_unit_test(test_our_products_around_gelu),
+        cmocka_unit_test(test_a_large_product_is_exact_whatever_is_chosen),
     };
     return test_gpu_main(tests, sizeof tests / sizeof tests[0]);
 }
