@@ -190,8 +190,7 @@ static cpl_status one_trial(cpl_context *ctx, cpl_stage *stage, cpl_comm *group,
     local = local == CPL_OK ? cpl_grid_trial(g, index, &trial, arena) : local;
     CPL_TRY(cpl_agree(group, local));
     trial_path(ctx, p->key[index + 1], path, sizeof path);
-    CPL_TRY(cpl_trial_run(ctx, group, metered, stage->options, &trial, stage->input[trial.model].path, p->key[index + 1], path,
-                          &figures, &failed));
+    CPL_TRY(cpl_trial_run(ctx, group, metered, stage, &trial, p->key[index + 1], path, &figures, &failed));
     cpl_grid_describe(g, index, text, sizeof text);
     cpl_json_quote(quoted, sizeof quoted, text);
     if (failed) {
