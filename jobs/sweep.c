@@ -1,5 +1,6 @@
 /* Stage sweep: a grid of trials, taken by groups of ranks from a shared counter; every finished trial is a file.
  * Refuses to run a trial twice, and to let one that fails stop the others. */
+#include "jobs/study/fit.h"
 #include "jobs/study/study.h"
 #include "jobs/study/sweep_record.h"
 #include "io/base/log.h"
@@ -176,21 +177,24 @@ void cpl_sweep_plan_free(cpl_sweep_plan *p) {
     cpl_free(&p->missing);
 }
 
-/* One trial by this group. */
+/* One trial by this group. *memory: |= it ran out of memory. */
 static cpl_status one_trial(cpl_context *ctx, cpl_stage *stage, cpl_comm *group, bool metered, const cpl_sweep_plan *p,
-                            int64_t index, char *note, size_t size) {
+                            int64_t index, char *note, size_t size, bool *memory) {
     cpl_status st = CPL_OK;
     const cpl_grid *g = stage->extra;
     cpl_arena *arena = NULL;
     cpl_trial trial;
     cpl_trial_figures figures;
-    bool failed = false;
+    cpl_status outcome = CPL_OK;
     char path[4096], text[256], quoted[300], error[CPL_MESSAGE_MAX + 100];
     cpl_status local = cpl_arena_create(&arena);
     local = local == CPL_OK ? cpl_grid_trial(g, index, &trial, arena) : local;
     CPL_TRY(cpl_agree(group, local));
     trial_path(ctx, p->key[index + 1], path, sizeof path);
-    CPL_TRY(cpl_trial_run(ctx, group, metered, stage, &trial, p->key[index + 1], path, &figures, &failed));
+    CPL_TRY(cpl_trial_run(ctx, group, metered, stage->options, &trial, stage->input[trial.model].path, p->key[index + 1], path,
+                          &figures, &outcome));
+    const bool failed = outcome != CPL_OK;
+    *memory = *memory || outcome == CPL_NO_MEMORY;
     cpl_grid_describe(g, index, text, sizeof text);
     cpl_json_quote(quoted, sizeof quoted, text);
     if (failed) {
@@ -209,7 +213,7 @@ done:
 
 /* Takes trials from the counter until there are none. */
 static cpl_status work_through(cpl_context *ctx, cpl_stage *stage, cpl_comm *group, bool metered, cpl_counter *counter,
-                               const cpl_sweep_plan *p) {
+                               const cpl_sweep_plan *p, bool *memory) {
     cpl_status st = CPL_OK;
     cpl_progress progress;
     char note[400] = "";
@@ -232,7 +236,7 @@ static cpl_status work_through(cpl_context *ctx, cpl_stage *stage, cpl_comm *gro
         if (next >= p->n_missing) {
             break;
         }
-        CPL_TRY(one_trial(ctx, stage, group, metered, p, p->missing[next], note, sizeof note));
+        CPL_TRY(one_trial(ctx, stage, group, metered, p, p->missing[next], note, sizeof note, memory));
         cpl_progress_step(&progress, next + 1, note);
     }
 done:
@@ -259,12 +263,27 @@ done:
     return st;
 }
 
+/* Collective over the world: what would fit, once for all trials. */
+static cpl_status tell_what_fits(cpl_context *ctx, const cpl_stage *stage, bool memory) {
+    cpl_status st = CPL_OK;
+    int64_t any = memory;
+    CPL_TRY(cpl_comm_allreduce_i64(ctx->world, &any, 1, CPL_MAX));
+    if (any != 0) {
+        cpl_status_set_message("trials ran out of memory");
+        (void)cpl_stage_fit(ctx, stage, CPL_NO_MEMORY); /* they have failed, the stage has not */
+        cpl_log_warn("%s: %s", stage->name, cpl_status_message());
+        cpl_status_clear();
+    }
+done:
+    return st;
+}
+
 static cpl_status run_missing(cpl_context *ctx, cpl_stage *stage, const cpl_sweep_plan *p) {
     cpl_status st = CPL_OK;
     const cpl_sweep_options *o = stage->options;
     cpl_comm *group = NULL;
     cpl_counter *counter = NULL;
-    bool metered = false;
+    bool metered = false, memory = false;
     int size = cpl_comm_size(ctx->world);
     if (o->group_ranks > size) {
         return cpl_stage_fail(stage, "group_ranks", "%lld ranks a group, but only %d ranks in all", (long long)o->group_ranks,
@@ -275,8 +294,9 @@ static cpl_status run_missing(cpl_context *ctx, cpl_stage *stage, const cpl_swee
         CPL_TRY(look_for_meters(ctx, stage, group, &metered));
     }
     CPL_TRY(cpl_counter_create(&counter, ctx->world, 0));
-    st = work_through(ctx, stage, group, metered, counter, p);
+    st = work_through(ctx, stage, group, metered, counter, p, &memory);
     CPL_TRY(cpl_context_wait(ctx, ctx->world, st));
+    CPL_TRY(tell_what_fits(ctx, stage, memory));
 done:
     cpl_counter_destroy(&counter);
     cpl_comm_destroy(&group);

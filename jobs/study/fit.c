@@ -84,23 +84,23 @@ static void describe(candidate *c, char *text, size_t size) {
 }
 
 /* The smallest of all ranks; INT64_MAX: not known. */
-static cpl_status room_of(const cpl_context *ctx, cpl_comm *comm, int64_t *room) {
+static cpl_status room_of(cpl_context *ctx, int64_t *room) {
     size_t own = cpl_device_memory_room(ctx->dev);
     *room = own > INT64_MAX ? INT64_MAX : (int64_t)own;
-    return cpl_comm_allreduce_i64(comm, room, 1, CPL_MIN);
+    return cpl_comm_allreduce_i64(ctx->world, room, 1, CPL_MIN);
 }
 
-static cpl_status advise(cpl_context *ctx, const cpl_stage *stage, cpl_comm *comm, char *text, size_t size) {
+static cpl_status advise(cpl_context *ctx, const cpl_stage *stage, char *text, size_t size) {
     cpl_status st = CPL_OK;
     cpl_model_shape *inputs = NULL;
     candidate c = {.ctx = ctx, .stage = *stage};
-    CPL_TRY(room_of(ctx, comm, &c.room));
+    CPL_TRY(room_of(ctx, &c.room));
     cpl_status local = cpl_alloc(&inputs, stage->n_inputs, sizeof *inputs, "plan");
     local = local == CPL_OK ? cpl_arena_alloc(ctx->job->arena, &c.stage.options, 1, stage->kind->size) : local;
-    CPL_TRY(cpl_agree(comm, local));
+    CPL_TRY(cpl_agree(ctx->world, local));
     for (size_t i = 0; i < stage->n_inputs; i++) { /* they are there: the stage has begun */
         cpl_store_head head;
-        CPL_TRY(cpl_store_head_read(stage->input[i].path, comm, &head));
+        CPL_TRY(cpl_store_head_read(stage->input[i].path, ctx->world, &head));
         inputs[i] = head.shape;
     }
     memcpy(c.stage.options, stage->options, stage->kind->size);
@@ -117,10 +117,10 @@ done:
     return st;
 }
 
-cpl_status cpl_stage_fit(cpl_context *ctx, const cpl_stage *stage, cpl_comm *comm, cpl_status failure) {
+cpl_status cpl_stage_fit(cpl_context *ctx, const cpl_stage *stage, cpl_status failure) {
     char message[CPL_MESSAGE_MAX], advice[200] = "", text[CPL_MESSAGE_MAX + sizeof advice];
     snprintf(message, sizeof message, "%s", cpl_status_message());
-    if (advise(ctx, stage, comm, advice, sizeof advice) != CPL_OK) {
+    if (advise(ctx, stage, advice, sizeof advice) != CPL_OK) {
         advice[0] = '\0';
     }
     snprintf(text, sizeof text, "%s%s", message, advice);

@@ -342,7 +342,7 @@ static cpl_status run_stage(cpl_context *ctx, cpl_stage *s) {
     CPL_TRY(cpl_agree(ctx->world, local));
     cpl_stage_cost_begin(&cost, ctx->dev);
     st = s->kind->run(ctx, s, rec);
-    CPL_TRY(st == CPL_NO_MEMORY ? cpl_stage_fit(ctx, s, ctx->world, st) : st);
+    CPL_TRY(st == CPL_NO_MEMORY ? cpl_stage_fit(ctx, s, st) : st);
     CPL_TRY(cpl_stage_cost_end(&cost, ctx->world, ctx->dev));
     if (is_root(ctx)) {
         local = write_record(ctx, s, rec, started, &cost);

@@ -7,7 +7,6 @@
 #include "jobs/quantize_model.h"
 #include "jobs/select.h"
 #include "jobs/size.h"
-#include "jobs/study/fit.h"
 #include "jobs/study/study.h"
 #include "jobs/trainer.h"
 #include <math.h>
@@ -215,29 +214,29 @@ static void no_figures(cpl_trial_figures *f) {
     }
 }
 
-cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, bool metered, const cpl_stage *sweep, const cpl_trial *trial,
-                         const char *key, const char *path, cpl_trial_figures *figures, bool *failed) {
+cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, bool metered, const cpl_sweep_options *options, const cpl_trial *trial,
+                         const char *model_path, const char *key, const char *path, cpl_trial_figures *figures,
+                         cpl_status *outcome) {
     cpl_status st = CPL_OK;
-    work w = {.ctx = ctx, .group = group, .metered = metered, .o = sweep->options, .trial = trial, .f = figures};
+    work w = {.ctx = ctx, .group = group, .metered = metered, .o = options, .trial = trial, .f = figures};
     double start = cpl_now();
     char error[CPL_MESSAGE_MAX] = "";
     snprintf(w.key, sizeof w.key, "%s", key);
     no_figures(figures);
-    cpl_status outcome = cpl_model_load(&w.model, sweep->input[trial->model].path, group);
-    outcome = outcome == CPL_OK ? compress(&w) : outcome;
-    *failed = outcome != CPL_OK;
-    outcome = outcome == CPL_NO_MEMORY ? cpl_stage_fit(ctx, sweep, group, outcome) : outcome;
-    if (outcome == CPL_STOPPED || outcome == CPL_COMM) {
-        st = outcome;
+    *outcome = cpl_model_load(&w.model, model_path, group);
+    *outcome = *outcome == CPL_OK ? compress(&w) : *outcome;
+    const bool failed = *outcome != CPL_OK;
+    if (*outcome == CPL_STOPPED || *outcome == CPL_COMM) {
+        st = *outcome;
         goto done;
     }
-    if (*failed) {
+    if (failed) {
         snprintf(error, sizeof error, "%s", cpl_status_message());
         no_figures(figures);
     }
     figures->wall_s = cpl_now() - start;
-    CPL_TRY(cpl_agree(group, cpl_comm_rank(group) == 0 ? write_file(&w, path, *failed, error) : CPL_OK));
-    if (*failed) {
+    CPL_TRY(cpl_agree(group, cpl_comm_rank(group) == 0 ? write_file(&w, path, failed, error) : CPL_OK));
+    if (failed) {
         cpl_status_set_message(error);
     }
 done:

@@ -24,11 +24,13 @@ typedef struct {
 } cpl_trial_figures;
 enum { CPL_TRIAL_FIGURE_COUNT = sizeof(cpl_trial_figures) / sizeof(double) };
 
-/* Collective over group. metered: what the group draws is its own (cpl_energy_meters). sweep: the stage. Writes the file `path`
- * from the group's rank 0: status "done" with figures and per-tensor arrays, or "failed" with the error, when the trial
- * itself failed; then the status returned is CPL_OK all the same. Other statuses: CPL_STOPPED, CPL_IO. */
-cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, bool metered, const cpl_stage *sweep, const cpl_trial *trial,
-                         const char *key, const char *path, cpl_trial_figures *figures, bool *failed);
+/* Collective over group. metered: what the group draws is its own (cpl_energy_meters). model_path: checkpoint. Writes the file
+ * `path` from the group's rank 0: status "done" with figures and per-tensor arrays, or "failed" with the error, when the trial
+ * itself failed; then *outcome is that failure, its message set, and the status returned is CPL_OK all the same. Other statuses:
+ * CPL_STOPPED, CPL_COMM, CPL_IO. */
+cpl_status cpl_trial_run(cpl_context *ctx, cpl_comm *group, bool metered, const cpl_sweep_options *options, const cpl_trial *trial,
+                         const char *model_path, const char *key, const char *path, cpl_trial_figures *figures,
+                         cpl_status *outcome);
 /* Reads a trial's file. *failed and *error ("" if none); names and per-tensor values may be NULL pointers where not wanted. Memory
  * from the arena. CPL_NOT_FOUND where there is none of this key. */
 cpl_status cpl_trial_read(const char *path, const char *key, cpl_trial_figures *figures, bool *failed, char **error,

@@ -21,7 +21,7 @@ struct cpl_cuda_linear {
     void *workspace;         /* owned, device */
     cpl_product_plan *plans; /* owned */
     cpl_tuning *tuning;      /* owned: what was timed before, and the file of it */
-    bool contested;          /* people know that it takes a while */
+    bool contested;          /* the log has said that large products take a while */
 };
 
 static inline cpl_status cpl_lt_status(cublasStatus_t status, const char *file, int line, const char *doing) {

@@ -26,7 +26,7 @@ void cpl_tuning_release(cpl_tuning *tuning);
 
 enum { CPL_TUNING_ROUNDS = 7 }; /* that tell close times apart */
 /* *ms = median over `rounds` of what body enqueues on the device's stream.   *ms = its mean over about timed_ms of runs in a row,
- * after lead_ms of them; about_ms: what one takes. Errors: CPL_DEVICE, those of body. */
+ * after lead_ms of them; about_ms > 0: what one takes. Errors: CPL_DEVICE, those of body. */
 cpl_status cpl_tuning_time(cpl_device *dev, cpl_status (*body)(void *context), void *context, int rounds, double *ms);
 cpl_status cpl_tuning_sustained(cpl_device *dev, cpl_status (*body)(void *context), void *context, double about_ms, double lead_ms,
                                 double timed_ms, double *ms);
