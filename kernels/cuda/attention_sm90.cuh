@@ -101,21 +101,6 @@ __device__ __forceinline__ void multiply_second(float (&d)[32], const uint32_t (
     }
 }
 
-/* [64, 64] of this warpgroup to rows of a matrix; to: its row 0, column 0. scale: of row lane / 4 of a warp's; scale8: of that + 8.
- */
-template <typename T> __device__ __forceinline__ void put(T *to, int64_t stride, const float (&x)[32], float scale, float scale8) {
-    int lane = threadIdx.x % 32;
-    to += (threadIdx.x % GROUP / 32 * 16 + lane / 4) * stride + lane % 4 * 2;
-#pragma unroll
-    for (int r = 0; r < 2; r++, to += 8 * stride) {
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-            float factor = r == 0 ? scale : scale8;
-            *reinterpret_cast<uint32_t *>(to + 8 * c) = pack<T>(factor * x[4 * c + 2 * r], factor * x[4 * c + 2 * r + 1]);
-        }
-    }
-}
-
 /* The own block that the barrier of `full` is about, for all who wait for it. */
 __device__ __forceinline__ void hand_over(task *to, const task &now, uint64_t *full, int bytes) {
     *to = now;

@@ -29,6 +29,36 @@ __device__ __forceinline__ int place_of_row(int row) {
     return row % 8 / 2 * LANE + row / 8 * 2 + row % 2;
 }
 
+/* A result on its way out, of a warp: 16 rows of 64 columns, swizzled as the copy engine takes them. Stores of a warp's own, 16
+ * bytes of each of 8 rows at a time, took a tenth of the pass; in the forward pass, which has a third of them, they are faster than
+ * this. */
+enum { RESULT_ROWS = 16 };
+struct result {
+    unsigned char rows[RESULT_ROWS * HEAD * 2];
+};
+/* scale x [64,64] of the warpgroup, this warp's rows; between results_begin, which waits for those of the time before to have left,
+ * and results_end, after which the first lane may send them. */
+template <typename T> __device__ __forceinline__ void put(result &to, const float (&x)[32], float scale) {
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+        uint32_t w[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            w[n] = pack<T>(scale * x[4 * c + 2 * n], scale * x[4 * c + 2 * n + 1]);
+        }
+        put_16x16(to.rows, 0, c, w);
+    }
+}
+__device__ __forceinline__ void results_begin() {
+    stores_have_read(); /* of the other lanes: none */
+    __syncwarp();
+}
+__device__ __forceinline__ bool results_end() {
+    shared_to_copies();
+    __syncwarp();
+    return threadIdx.x % 32 == 0;
+}
+
 struct stage {
     pair_of_boxes other;
     of_queries rows;
@@ -36,6 +66,7 @@ struct stage {
 };
 struct shared_memory {
     pair_of_boxes own[2];
+    result results[WARPS][2]; /* dq, or dk and dv */
     stage stages[STAGES];
     float2 sums[2][GROUP / 32][HEAD / 2]; /* of columns, of the warps of a group */
     task tasks[2];
@@ -46,11 +77,10 @@ struct problem {
     int heads, H, blocks; /* heads of all sequences, of one; blocks of a head */
     float scale;
     const of_queries *rows; /* [B,H,blocks] */
-    void *dqkv;
-    float *sums; /* [B 2 blocks,C]: those of dq's columns over pieces of rows; or NULL */
+    float *sums;            /* [B 2 blocks,C]: those of dq's columns over pieces of rows; or NULL */
 };
 struct maps {
-    CUtensorMap qkv, dout;
+    CUtensorMap qkv, dout, dqkv; /* dqkv: by results */
 };
 
 /* The own block with so many other blocks, and the i-th of those: the one on the diagonal comes first. */
@@ -189,6 +219,7 @@ __device__ __forceinline__ void put_sums(float *to, float2 (&parts)[GROUP / 32][
 template <typename T, bool KEYS> struct consumer {
     shared_memory &m;
     const problem &p;
+    const maps &map;
     int group;
     float own_shift[2], own_delta[2]; /* of queries, where they are the own rows: of rows lane / 4 and + 8 */
 
@@ -285,6 +316,7 @@ template <typename T, bool KEYS> struct consumer {
                 if (group == 0) {
                     take_turn(group); /* the last one that was passed on */
                 }
+                results_begin(); /* they have left */
                 break;
             }
             int own = own_of<KEYS>(now.length, p.blocks);
@@ -309,15 +341,25 @@ template <typename T, bool KEYS> struct consumer {
             }
             pass_turn_on(group);
             let_go(&m.own_empty[use.at]);
-            int row = (now.head / p.H * p.blocks + own) * BLOCK + group * HEAD;
-            T *to = (T *)p.dqkv + (int64_t)row * 3 * C + now.head % p.H * HEAD;
+            int row = (now.head / p.H * p.blocks + own) * BLOCK + group * HEAD, column = now.head % p.H * HEAD;
+            result(&out)[2] = m.results[threadIdx.x / 32 - GROUP / 32];
+            results_begin();
             mma_settled(d1);
-            put<T>(to + (KEYS ? C : 0), 3 * C, d1, p.scale, p.scale);
+            put<T>(out[0], d1, p.scale);
             if (KEYS) {
                 mma_settled(d2);
-                put<T>(to + 2 * C, 3 * C, d2, 1.0f, 1.0f);
-            } else if (p.sums != nullptr) { /* the group meets before the next ones, to take its turn */
-                put_sums(p.sums + (int64_t)(row / PIECE) * C + now.head % p.H * HEAD, m.sums[group], d1, p.scale, group);
+                put<T>(out[1], d2, 1.0f);
+            }
+            if (results_end()) {
+                int own_row = row + threadIdx.x % GROUP / 32 * RESULT_ROWS;
+                box_store(&map.dqkv, out[0].rows, (KEYS ? C : 0) + column, own_row);
+                if (KEYS) {
+                    box_store(&map.dqkv, out[1].rows, 2 * C + column, own_row);
+                }
+                stores_commit();
+            }
+            if (!KEYS && p.sums != nullptr) { /* the group meets before the next ones, to take its turn */
+                put_sums(p.sums + (int64_t)(row / PIECE) * C + column, m.sums[group], d1, p.scale, group);
             }
         }
     }
@@ -334,7 +376,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         }
     } else {
         take_registers();
-        consumer<T, KEYS>{m, p, group, {}, {}}.run();
+        consumer<T, KEYS>{m, p, map, group, {}, {}}.run();
     }
 }
 
@@ -344,9 +386,10 @@ cpl_status backward(cpl_device *dev, const cpl_attention_shape *s, const cpl_att
     maps map;
     cpl_status st = CPL_OK;
     int64_t R = s->B * s->T, C = s->H * HEAD, pieces = R / PIECE;
-    const problem p = {(int)(s->B * s->H), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, x->dqkv, sums};
+    const problem p = {(int)(s->B * s->H), (int)s->H, (int)(s->T / BLOCK), 1.0f / sqrtf((float)HEAD), rows, sums};
     CPL_TRY(cpl_tensor_map(&map.qkv, s->dt, x->qkv, R, 3 * C, BLOCK));
     CPL_TRY(cpl_tensor_map(&map.dout, s->dt, x->dout, R, C, BLOCK));
+    CPL_TRY(cpl_tensor_map(&map.dqkv, s->dt, x->dqkv, R, 3 * C, RESULT_ROWS));
     rows_kernel<T><<<(unsigned)(pieces * s->H), ROWS_THREADS, 0, cpl_cuda_stream(dev)>>>(
         rows, sums == nullptr ? sums : sums + pieces * C, (const T *)x->dout, (const T *)x->out, x->lse, (int)s->T, (int)s->H);
     CPL_TRY((launch<shared_memory>(dev, backward_kernel<T, true>, "attention_bwd", p.heads * p.blocks, map, p)));

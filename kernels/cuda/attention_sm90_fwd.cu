@@ -46,6 +46,21 @@ __device__ void produce(shared_memory &m, const CUtensorMap &qkv, const problem 
     hand_over(&m.tasks[use.at], {0, 0}, &m.own_full[use.at], 0);
 }
 
+/* [64, 64] of this warpgroup to rows of a matrix; to: its row 0, column 0. scale: of row lane / 4 of a warp's; scale8: of that + 8.
+ */
+template <typename T> __device__ __forceinline__ void put(T *to, int64_t stride, const float (&x)[32], float scale, float scale8) {
+    int lane = threadIdx.x % 32;
+    to += (threadIdx.x % GROUP / 32 * 16 + lane / 4) * stride + lane % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; r++, to += 8 * stride) {
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            float factor = r == 0 ? scale : scale8;
+            *reinterpret_cast<uint32_t *>(to + 8 * c) = pack<T>(factor * x[4 * c + 2 * r], factor * x[4 * c + 2 * r + 1]);
+        }
+    }
+}
+
 template <typename T> struct consumer {
     shared_memory &m;
     const problem &p;

@@ -48,12 +48,6 @@ __device__ __forceinline__ void group_barrier(int group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"((int)GROUP) : "memory");
 }
 
-/* Where this thread's pair of columns 8 j + 2 (lane % 4) of a row lies in a buffer, 128-byte swizzled. row % 8 is lane / 4. */
-__device__ __forceinline__ uint32_t *pair_at(unsigned char (*buffer)[BOX], int row, int j) {
-    int lane = threadIdx.x % 32;
-    return reinterpret_cast<uint32_t *>(buffer[j / 8] + row * 128 + ((j % 8) ^ (lane / 4)) * 16 + lane % 4 * 4);
-}
-
 template <typename T> __device__ __forceinline__ uint32_t gelu_of(uint32_t word) {
     float2 x = unpack<T>(word);
     return pack<T>(cpl_gelu(x.x), cpl_gelu(x.y));
@@ -131,20 +125,29 @@ template <typename T, int MODE>
 __device__ __forceinline__ void finish_forward(shared_memory &m, const float (&acc)[2][64], const maps &map, const T *bias,
                                                int64_t N, int group, int row, int column) {
     unsigned char(*buffer)[BOX] = m.buffer[group];
-    int lane = threadIdx.x % 32, first = threadIdx.x % GROUP / 32 * 16 + lane / 4;
+    int own = threadIdx.x % GROUP / 32 * 16;
     if (threadIdx.x % GROUP == 0) {
         stores_have_read();
     }
     group_barrier(group);
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        int64_t at = column + 8 * j + 2 * (lane % 4);
-        float2 add = at < N ? unpack<T>(*reinterpret_cast<const uint32_t *>(bias + at)) : make_float2(0, 0);
+    for (int j = 0; j < 16; j += 2) {
+        float2 add[2];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float *pair = &acc[i / 2][4 * j + 2 * (i % 2)];
-            uint32_t sum = pack<T>(pair[0] + add.x, pair[1] + add.y);
-            *pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j) = MODE == FORWARD_KEPT ? sum : gelu_of<T>(sum);
+        for (int k = 0; k < 2; k++) {
+            int64_t at = column + 8 * (j + k) + threadIdx.x % 4 * 2;
+            add[k] = at < N ? unpack<T>(*reinterpret_cast<const uint32_t *>(bias + at)) : make_float2(0, 0);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t w[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const float *pair = &acc[half][4 * j + 2 * n];
+                uint32_t sum = pack<T>(pair[0] + add[n / 2].x, pair[1] + add[n / 2].y);
+                w[n] = MODE == FORWARD_KEPT ? sum : gelu_of<T>(sum);
+            }
+            put_16x16(buffer[j / 8], half * 64 + own, j % 8, w);
         }
     }
     if (MODE == FORWARD_KEPT) {
@@ -154,11 +157,16 @@ __device__ __forceinline__ void finish_forward(shared_memory &m, const float (&a
         }
         group_barrier(group);
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < 16; j += 2) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                uint32_t *word = pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j);
-                *word = gelu_of<T>(*word);
+            for (int half = 0; half < 2; half++) {
+                uint32_t w[4];
+                get_16x16(w, buffer[j / 8], half * 64 + own, j % 8);
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    w[n] = gelu_of<T>(w[n]);
+                }
+                put_16x16(buffer[j / 8], half * 64 + own, j % 8, w);
             }
         }
     }
@@ -181,21 +189,26 @@ template <typename T>
 __device__ __forceinline__ void finish_backward(shared_memory &m, const float (&acc)[2][64], const maps &map, float *partial,
                                                 int64_t N, int group, int row, int column) {
     unsigned char(*buffer)[BOX] = m.buffer[group];
-    int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32, first = warp * 16 + lane / 4;
+    int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32;
     float sum[32];        /* of columns 8 j + 2 (lane % 4) + c, as sum[2 j + c], over this thread's 4 rows */
     group_barrier(group); /* all have read the sums of the tile before */
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        sum[2 * j] = sum[2 * j + 1] = 0;
+    for (int j = 0; j < 16; j += 2) {
+        sum[2 * j] = sum[2 * j + 1] = sum[2 * j + 2] = sum[2 * j + 3] = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t *word = pair_at(buffer, first + i / 2 * 64 + i % 2 * 8, j);
-            const float *pair = &acc[i / 2][4 * j + 2 * (i % 2)];
-            float2 x = unpack<T>(*word);
-            float2 d = make_float2(pair[0] * cpl_gelu_grad(x.x), pair[1] * cpl_gelu_grad(x.y));
-            *word = pack<T>(d.x, d.y);
-            sum[2 * j] += d.x;
-            sum[2 * j + 1] += d.y;
+        for (int half = 0; half < 2; half++) {
+            uint32_t w[4];
+            get_16x16(w, buffer[j / 8], half * 64 + warp * 16, j % 8);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const float *pair = &acc[half][4 * j + 2 * n];
+                float2 x = unpack<T>(w[n]);
+                float2 d = make_float2(pair[0] * cpl_gelu_grad(x.x), pair[1] * cpl_gelu_grad(x.y));
+                w[n] = pack<T>(d.x, d.y);
+                sum[2 * j + n / 2 * 2] += d.x;
+                sum[2 * j + n / 2 * 2 + 1] += d.y;
+            }
+            put_16x16(buffer[j / 8], half * 64 + warp * 16, j % 8, w);
         }
     }
     int kept = 0;

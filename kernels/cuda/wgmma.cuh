@@ -180,4 +180,23 @@ template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b)
     return x.at[0];
 }
 
+/* 16 rows of a warp, from `row` on, and columns 8 c to 8 c + 15 of 16-bit values in rows of 128 bytes, swizzled as the copy engine
+ * takes them; as an accumulator has them in pairs: w[2 j + i] is row lane / 4 + 8 i, column 8 (c + j) + 2 (lane % 4). c is even. */
+__device__ __forceinline__ unsigned char *place_16x16(unsigned char *rows, int row, int c) {
+    int lane = threadIdx.x % 32, own = row + lane % 16;
+    return rows + own * 128 + ((c + lane / 16) ^ (own % 8)) * 16;
+}
+__device__ __forceinline__ void put_16x16(unsigned char *rows, int row, int c, const uint32_t (&w)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(place_16x16(rows, row, c))),
+        "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+        : "memory");
+}
+__device__ __forceinline__ void get_16x16(uint32_t (&w)[4], unsigned char *rows, int row, int c) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(shared_address(place_16x16(rows, row, c)))
+                 : "memory");
+}
+
 #endif
