@@ -13,7 +13,7 @@ typedef struct {
     int64_t B, T, C, H, V, R, rows, n; /* rows: of logits at once; n: elements of the flat buffers */
     void *x, *y, *pre, *wide, *other;  /* owned, device, as all below: [R,4C] act; other: [max(R 4C, rows V)] act */
     void *delta, *w, *bias, *logits;   /* [R,C] [4C,C] [4C] [rows,V] act */
-    float *lse, *mean, *rstd, *losses; /* [B,H,T] [R] [R] [rows] */
+    float *lse, *losses;               /* [B,H,T] [rows] */
     int32_t *targets;                  /* [rows] */
     float *param, *m, *v, *grad;       /* [n] */
     void *work;                        /* [n] act; NULL for fp32: the parameters themselves */
@@ -34,27 +34,27 @@ static size_t bytes_of(const fusion *f, int64_t elements) {
     return (size_t)elements * cpl_dtype_size(f->dt);
 }
 
-static cpl_status norm(void *c) {
+static cpl_status residual(void *c) {
     const fusion *f = c;
-    return CPL_OPS(f->dev, layernorm_fwd, f->dt, f->wide, f->y, f->mean, f->rstd, f->x, f->delta, f->bias, f->bias, f->R, f->C);
+    return CPL_OPS(f->dev, linear_fwd, f->product, f->y, f->x, f->w, f->bias, f->delta, f->R, f->C, 4 * f->C);
 }
-static cpl_status norm_apart(void *c) {
+static cpl_status residual_apart(void *c) {
     cpl_status st = CPL_OK;
     const fusion *f = c;
-    CPL_TRY(add_bytes(f, f->wide, f->delta, bytes_of(f, f->R * f->C)));
-    CPL_TRY(CPL_OPS(f->dev, layernorm_fwd, f->dt, NULL, f->y, f->mean, f->rstd, f->x, NULL, f->bias, f->bias, f->R, f->C));
+    CPL_TRY(CPL_OPS(f->dev, linear_fwd, f->product, f->y, f->x, f->w, f->bias, NULL, f->R, f->C, 4 * f->C));
+    CPL_TRY(add_bytes(f, f->wide, f->y, bytes_of(f, f->R * f->C)));
 done:
     return st;
 }
 
 static cpl_status linear(void *c) {
     const fusion *f = c;
-    return CPL_OPS(f->dev, linear_fwd, f->product, f->y, f->pre, f->x, f->w, f->bias, CPL_ACT_GELU, f->R, 4 * f->C, f->C);
+    return CPL_OPS(f->dev, linear_gelu_fwd, f->product, f->y, f->pre, f->x, f->w, f->bias, f->R, 4 * f->C, f->C);
 }
 static cpl_status linear_apart(void *c) {
     cpl_status st = CPL_OK;
     const fusion *f = c;
-    CPL_TRY(CPL_OPS(f->dev, linear_fwd, f->product, f->pre, NULL, f->x, f->w, f->bias, CPL_ACT_NONE, f->R, 4 * f->C, f->C));
+    CPL_TRY(CPL_OPS(f->dev, linear_fwd, f->product, f->pre, f->x, f->w, f->bias, NULL, f->R, 4 * f->C, f->C));
     CPL_TRY(CPL_OPS(f->dev, gelu_fwd, f->dt, f->y, f->pre, 4 * f->R * f->C));
 done:
     return st;
@@ -180,8 +180,6 @@ static cpl_status allocate_layers(const cpl_bench *b, fusion *f) {
         CPL_TRY(cpl_bench_normals(b, f->dt, act[i].n, act[i].scale, 30 + (uint32_t)i, act[i].to));
     }
     CPL_TRY(cpl_device_alloc(f->dev, &f->lse, (size_t)(f->R * f->H), sizeof(float), "bench"));
-    CPL_TRY(cpl_device_alloc(f->dev, &f->mean, (size_t)f->R, sizeof(float), "bench"));
-    CPL_TRY(cpl_device_alloc(f->dev, &f->rstd, (size_t)f->R, sizeof(float), "bench"));
     CPL_TRY(cpl_device_alloc(f->dev, &f->losses, (size_t)f->rows, sizeof(float), "bench"));
     CPL_TRY(cpl_device_alloc(f->dev, &f->targets, (size_t)f->rows, sizeof(int32_t), "bench"));
 done:
@@ -220,9 +218,9 @@ static cpl_status allocate(const cpl_bench *b, fusion *f) {
 }
 
 static void release(fusion *f) {
-    void *owned[] = {&f->x,      &f->y,    &f->pre,  &f->wide, &f->other,  &f->delta,   &f->w,     &f->bias,
-                     &f->logits, &f->lse,  &f->mean, &f->rstd, &f->losses, &f->targets, &f->param, &f->m,
-                     &f->v,      &f->grad, &f->work, &f->mask, &f->state,  &f->kinds,   &f->sums};
+    void *owned[] = {&f->x,    &f->y,      &f->pre,  &f->wide,   &f->other,   &f->delta, &f->w,
+                     &f->bias, &f->logits, &f->lse,  &f->losses, &f->targets, &f->param, &f->m,
+                     &f->v,    &f->grad,   &f->work, &f->mask,   &f->state,   &f->kinds, &f->sums};
     for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) {
         cpl_device_free(f->dev, owned[i]);
     }
@@ -251,7 +249,7 @@ cpl_status cpl_bench_fusion(cpl_bench *b) {
         int64_t rows, cols;
         double unmoved; /* bytes */
     } cases[CPL_BENCH_FUSION_ROWS] = {
-        {"residual + LayerNorm", norm, norm_apart, f.R, f.C, rc},
+        {"linear + bias + residual", residual, residual_apart, f.R, f.C, 2 * rc},
         {"linear + bias + GELU", linear, linear_apart, f.R, 4 * f.C, 4 * rc},
         {"linear d input x GELU'", input, input_apart, f.R, 4 * f.C, 2 * 4 * rc},
         {"attention from packed q, k, v", attention, attention_apart, f.R, f.C, 2 * 4 * rc},

@@ -17,7 +17,7 @@ typedef struct {
     float *lse, *mean, *rstd, *dw, *db, *dwte, *losses, *soft; /* [B,H,T] [R] [R] [4C,C] [4C] [V+T,C] [R] [R] */
     int32_t *tokens;                                           /* [R] */
     cpl_step_state *state;
-    cpl_activation activation; /* of the product in hand, and its sizes */
+    bool gelu, residual; /* of the product in hand, and its sizes */
     int64_t N, K;
     const void *weight; /* borrowed */
     float *dweight;     /* borrowed */
@@ -25,9 +25,10 @@ typedef struct {
 
 static cpl_status run_linear(void *c) {
     const layers *l = c;
-    bool gelu = l->activation == CPL_ACT_GELU;
-    return CPL_OPS(l->dev, linear_fwd, l->product, l->y, gelu ? l->pre : NULL, l->x, l->weight,
-                   l->weight == l->wte ? NULL : l->bias, l->activation, l->R, l->N, l->K);
+    const void *bias = l->weight == l->wte ? NULL : l->bias;
+    return l->gelu ? CPL_OPS(l->dev, linear_gelu_fwd, l->product, l->y, l->pre, l->x, l->weight, bias, l->R, l->N, l->K)
+                   : CPL_OPS(l->dev, linear_fwd, l->product, l->y, l->x, l->weight, bias, l->residual ? l->out : NULL, l->R, l->N,
+                             l->K);
 }
 static cpl_status run_linear_input(void *c) {
     const layers *l = c;
@@ -47,7 +48,7 @@ static cpl_status run_attention_bwd(void *c) {
 }
 static cpl_status run_norm(void *c) {
     const layers *l = c;
-    return CPL_OPS(l->dev, layernorm_fwd, l->dt, l->y, l->out, l->mean, l->rstd, l->x, l->delta, l->bias, l->bias, l->R, l->C);
+    return CPL_OPS(l->dev, layernorm_fwd, l->dt, l->out, l->mean, l->rstd, l->x, l->bias, l->bias, l->R, l->C);
 }
 static cpl_status run_norm_bwd(void *c) {
     const layers *l = c;
@@ -148,18 +149,19 @@ static cpl_status linear(cpl_bench *b, layers *l) {
     const struct {
         const char *name;
         int64_t N, K;
-        cpl_activation activation;
-    } products[] = {{"qkv", 3 * l->C, l->C, CPL_ACT_NONE},
-                    {"projection", l->C, l->C, CPL_ACT_NONE},
-                    {"mlp in + GELU", 4 * l->C, l->C, CPL_ACT_GELU},
-                    {"mlp out", l->C, 4 * l->C, CPL_ACT_NONE},
-                    {"head", l->V, l->C, CPL_ACT_NONE}};
+        bool gelu, residual;
+    } products[] = {{"qkv", 3 * l->C, l->C, false, false},
+                    {"projection + residual", l->C, l->C, false, true},
+                    {"mlp in + GELU", 4 * l->C, l->C, true, false},
+                    {"mlp out + residual", l->C, 4 * l->C, false, true},
+                    {"head", l->V, l->C, false, false}};
     static const cpl_bench_call calls[] = {run_linear, run_linear_input, run_linear_weight};
     for (size_t i = 0; i < sizeof products / sizeof products[0]; i++) {
         bool head = i + 1 == sizeof products / sizeof products[0];
         l->N = products[i].N;
         l->K = products[i].K;
-        l->activation = products[i].activation;
+        l->gelu = products[i].gelu;
+        l->residual = products[i].residual;
         l->weight = head ? l->wte : l->w;
         l->dweight = head ? l->dwte : l->dw;
         int64_t R = l->R;
@@ -189,8 +191,8 @@ static cpl_status others(cpl_bench *b, layers *l) {
     CPL_TRY(add(b, l, "attention", run_attention, attention, 0, "%lldx%lld, %lld heads of %lld", B, T, H, C / H));
     CPL_TRY(
         add(b, l, "attention: backward", run_attention_bwd, 2.5 * attention, 0, "%lldx%lld, %lld heads of %lld", B, T, H, C / H));
-    CPL_TRY(add(b, l, "add + LayerNorm", run_norm, 0, 4 * size * rc, "%lldx%lld", R, C));
-    CPL_TRY(add(b, l, "add + LayerNorm: backward", run_norm_bwd, 0, 4 * size * rc, "%lldx%lld", R, C));
+    CPL_TRY(add(b, l, "LayerNorm", run_norm, 0, 2 * size * rc, "%lldx%lld", R, C));
+    CPL_TRY(add(b, l, "LayerNorm: backward + residual", run_norm_bwd, 0, 4 * size * rc, "%lldx%lld", R, C));
     CPL_TRY(add(b, l, "GELU", run_gelu, 0, 8 * size * rc, "%lldx%lld", R, 4 * C));
     CPL_TRY(add(b, l, "embedding", run_embed, 0, 2 * size * rc, "%lldx%lld", R, C));
     CPL_TRY(add(b, l, "embedding: backward", run_embed_bwd, 0, (size + 8) * rc, "%lldx%lld", R, C));

@@ -16,7 +16,7 @@ typedef struct {
 
 static cpl_status multiply(void *context) {
     const product *p = context;
-    return CPL_OPS(p->dev, linear_fwd, p->dt, p->y, NULL, p->x, p->w, NULL, CPL_ACT_NONE, p->R, p->N, p->K);
+    return CPL_OPS(p->dev, linear_fwd, p->dt, p->y, p->x, p->w, NULL, NULL, p->R, p->N, p->K);
 }
 
 static cpl_status backward(void *context) {

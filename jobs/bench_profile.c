@@ -92,17 +92,19 @@ static void work_of(const cpl_bench_trainer *t, const char *op, cpl_bench_row *r
     const cpl_model_shape *s = &t->b->layout->shape;
     double R = (double)(t->b->o->micro_batch * t->b->o->accumulate * s->context), size = (double)cpl_dtype_size(t->b->dt);
     double act = size * R * (double)s->width, norms = 2.0 * (double)s->layers + 1, total = (double)t->b->layout->total;
-    double work = t->b->dt == CPL_F32 ? 0 : size;
+    double work = t->b->dt == CPL_F32 ? 0 : size, products = cpl_flops_products(s);
+    double gelu = 2 * 4 * (double)s->width * (double)s->width * (double)s->layers; /* of the products, those before GELU */
     const struct {
         const char *op;
         double flops, bytes;
-    } works[] = {{"linear_fwd", R * cpl_flops_products(s), 0},
-                 {"linear_bwd_input", R * cpl_flops_products(s), 0},
-                 {"linear_bwd_weight", R * cpl_flops_products(s), 0},
+    } works[] = {{"linear_fwd", R * (products - gelu), 0},
+                 {"linear_gelu_fwd", R * gelu, 0},
+                 {"linear_bwd_input", R * products, 0},
+                 {"linear_bwd_weight", R * products, 0},
                  {"attention_fwd", R * cpl_flops_attention(s), 0},
                  {"attention_bwd", 2.5 * R * cpl_flops_attention(s), 0},
-                 {"layernorm_fwd", 0, act * (4 * norms - 2)}, /* the first has no addition, */
-                 {"layernorm_bwd", 0, act * (4 * norms - 1)}, /* the last no second gradient */
+                 {"layernorm_fwd", 0, act * 2 * norms},
+                 {"layernorm_bwd", 0, act * (4 * norms - 1)}, /* the last has no second gradient */
                  {"embed_fwd", 0, 2 * act},
                  {"embed_bwd", 0, act / size * (size + 8)},
                  {"cross_entropy", 0, 2 * size * R * (double)s->vocab},

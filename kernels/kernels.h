@@ -24,8 +24,6 @@ static inline cpl_dtype cpl_dtype_storage(cpl_dtype t) {
 }
 const char *cpl_dtype_name(cpl_dtype t);
 
-typedef enum { CPL_ACT_NONE, CPL_ACT_GELU } cpl_activation; /* GELU: tanh form, Hendrycks & Gimpel 2016, arXiv:1606.08415 */
-
 /* Sums over flat buffers are made of one partial sum per chunk of this many elements, added in order of their global index, so that
  * no result depends on ranks or threads. Shards of flat buffers start at multiples of it. */
 enum { CPL_SUM_CHUNK = 4096 };

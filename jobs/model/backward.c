@@ -29,13 +29,13 @@ done:
     return st;
 }
 
-/* ws->dsum += LayerNorm'(ws->delta), for the LayerNorm of the residual stream x; dbias: gradient of the bias of the linear layer
+/* ws->dsum += LayerNorm'(ws->dbranch), for the LayerNorm of the residual stream x; dbias: gradient of the bias of the linear layer
  * whose output went into that stream last, or NULL. */
 static cpl_status norm_backward(const block_backward *k, cpl_block_param gain, cpl_block_param bias, float *dbias, const void *x,
                                 const float *mean, const float *rstd) {
     cpl_workspace *ws = k->ws;
     const cpl_param *g = cpl_layout_block(ws->layout, k->layer, gain), *b = cpl_layout_block(ws->layout, k->layer, bias);
-    return CPL_OPS(ws->dev, layernorm_bwd, ws->dt, ws->dsum, k->grad + g->offset, k->grad + b->offset, dbias, ws->delta, ws->dsum,
+    return CPL_OPS(ws->dev, layernorm_bwd, ws->dt, ws->dsum, k->grad + g->offset, k->grad + b->offset, dbias, ws->dbranch, ws->dsum,
                    x, mean, rstd, cpl_weight(ws, k->weights, g), ws->R, ws->layout->shape.width);
 }
 
@@ -49,12 +49,12 @@ static cpl_status recompute(const block_backward *k) {
     if (ws->recompute == CPL_RECOMPUTE_GELU) {
         return CPL_OPS(ws->dev, gelu_fwd, ws->dt, b->act, b->pre, ws->R * 4 * ws->layout->shape.width);
     }
-    return cpl_block_forward(ws, k->weights, k->layer, b->sum1, NULL, true);
+    return cpl_block_forward(ws, k->weights, k->layer, true);
 }
 
-/* ws->dsum holds the gradient over the block's output and becomes that over its input; ws->delta is scratch. `act` is dead once the
- * gradient of its own weights is made, and serves for the two wide gradients. Gradients of biases are column sums of a gradient and
- * made with it where that is in hand; that of this block's last bias is there already. */
+/* ws->dsum holds the gradient over the block's output and becomes that over its input; ws->dbranch is scratch. `act` is dead once
+ * the gradient of its own weights is made, and serves for the two wide gradients. Gradients of biases are column sums of a gradient
+ * and made with it where that is in hand; that of this block's last bias is there already. */
 static cpl_status backward_of_block(cpl_workspace *ws, const void *weights, float *grad, bool overwrites, int64_t layer) {
     cpl_status st = CPL_OK;
     const block_backward k = {.ws = ws, .weights = weights, .grad = grad, .layer = layer, .overwrites = overwrites};
@@ -63,12 +63,12 @@ static cpl_status backward_of_block(cpl_workspace *ws, const void *weights, floa
     void *wide = b->act;
     CPL_TRY(recompute(&k));
     CPL_TRY(linear_backward(&k, CPL_P_OUT_W, wide, bias_grad(ws, grad, layer, CPL_P_FC_B), ws->dsum, b->act, b->pre));
-    CPL_TRY(linear_backward(&k, CPL_P_FC_W, ws->delta, NULL, wide, b->norm2, NULL));
+    CPL_TRY(linear_backward(&k, CPL_P_FC_W, ws->dbranch, NULL, wide, b->norm2, NULL));
     CPL_TRY(norm_backward(&k, CPL_P_LN2_G, CPL_P_LN2_B, bias_grad(ws, grad, layer, CPL_P_PROJ_B), b->sum2, b->mean2, b->rstd2));
-    CPL_TRY(linear_backward(&k, CPL_P_PROJ_W, ws->delta, NULL, ws->dsum, b->context, NULL));
-    CPL_TRY(CPL_OPS(ws->dev, attention_bwd, ws->dt, wide, bias_grad(ws, grad, layer, CPL_P_QKV_B), ws->delta, b->context, b->lse,
+    CPL_TRY(linear_backward(&k, CPL_P_PROJ_W, ws->dbranch, NULL, ws->dsum, b->context, NULL));
+    CPL_TRY(CPL_OPS(ws->dev, attention_bwd, ws->dt, wide, bias_grad(ws, grad, layer, CPL_P_QKV_B), ws->dbranch, b->context, b->lse,
                     b->qkv, ws->B, ws->T, s->heads, s->width / s->heads));
-    CPL_TRY(linear_backward(&k, CPL_P_QKV_W, ws->delta, NULL, wide, b->norm1, NULL));
+    CPL_TRY(linear_backward(&k, CPL_P_QKV_W, ws->dbranch, NULL, wide, b->norm1, NULL));
     CPL_TRY(norm_backward(&k, CPL_P_LN1_G, CPL_P_LN1_B, bias_grad(ws, grad, layer - 1, CPL_P_OUT_B), b->sum1, b->mean1, b->rstd1));
 done:
     return st;
@@ -77,7 +77,7 @@ done:
 cpl_status cpl_final_norm_backward(cpl_workspace *ws, const void *weights, const void *dres, float *grad, bool whole) {
     float *dbias = whole ? bias_grad(ws, grad, ws->layout->shape.layers - 1, CPL_P_OUT_B) : NULL;
     const cpl_param *gain = cpl_layout_final_gain(ws->layout), *bias = cpl_layout_final_bias(ws->layout);
-    return CPL_OPS(ws->dev, layernorm_bwd, ws->dt, ws->dsum, grad + gain->offset, grad + bias->offset, dbias, ws->delta, dres,
+    return CPL_OPS(ws->dev, layernorm_bwd, ws->dt, ws->dsum, grad + gain->offset, grad + bias->offset, dbias, ws->dbranch, dres,
                    ws->sum, ws->mean, ws->rstd, cpl_weight(ws, weights, gain), ws->R, ws->layout->shape.width);
 }
 

@@ -10,8 +10,8 @@ cpl_status cpl_model_logits_rows(cpl_workspace *ws, const void *weights, int64_t
         CPL_FAIL(CPL_INTERNAL, "logits of rows %lld to %lld: expected at most %lld rows inside [0, %lld)", (long long)first_row,
                  (long long)(first_row + rows), (long long)ws->loss_rows, (long long)ws->R);
     }
-    CPL_TRY(CPL_OPS(ws->dev, linear_fwd, ws->product, ws->logits, NULL, cpl_act_at(ws, ws->hidden, first_row * C),
-                    cpl_weight(ws, weights, cpl_layout_wte(ws->layout)), NULL, CPL_ACT_NONE, rows, ws->layout->shape.vocab, C));
+    CPL_TRY(CPL_OPS(ws->dev, linear_fwd, ws->product, ws->logits, cpl_act_at(ws, ws->hidden, first_row * C),
+                    cpl_weight(ws, weights, cpl_layout_wte(ws->layout)), NULL, NULL, rows, ws->layout->shape.vocab, C));
     *logits = ws->logits;
 done:
     return st;
@@ -89,7 +89,7 @@ cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *
         CPL_TRY(loss_of_rows(ws, first, rows, targets, loss, row_weight, state, soft, hard));
         CPL_TRY(CPL_OPS(ws->dev, linear_bwd_weight, ws->product, grad + wte->offset, logits, hidden, rows, V, C,
                         overwrites && first == 0));
-        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->product, cpl_act_at(ws, ws->delta, first * C), NULL, logits,
+        CPL_TRY(CPL_OPS(ws->dev, linear_bwd_input, ws->product, cpl_act_at(ws, ws->dbranch, first * C), NULL, logits,
                         cpl_weight(ws, weights, wte), NULL, rows, V, C));
     }
 done:

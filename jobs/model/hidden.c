@@ -12,7 +12,7 @@ cpl_status cpl_hidden_step(cpl_workspace *ws, const void *weights, const cpl_mod
     cpl_workspace *teacher = loss->teacher_workspace;
     const cpl_param *p = cpl_layout_projection(ws->layout);
     int64_t R = ws->R, C = ws->layout->shape.width, teacher_C = teacher->layout->shape.width;
-    void *projected = p == NULL ? ws->hidden : teacher->delta, *d_projected = p == NULL ? ws->delta : teacher->block[0].act;
+    void *projected = p == NULL ? ws->hidden : teacher->sum, *d_projected = p == NULL ? ws->dbranch : teacher->block[0].act;
     float coefficient = (float)((double)loss->hidden_weight / ((double)R * (double)teacher_C));
     if ((p == NULL ? C : p->rows) != teacher_C) {
         CPL_FAIL(CPL_USAGE, "hidden-state loss between widths %lld and %lld: expected a projection to the teacher's width",
@@ -22,14 +22,14 @@ cpl_status cpl_hidden_step(cpl_workspace *ws, const void *weights, const cpl_mod
         CPL_FAIL(CPL_INTERNAL, "hidden-state loss: expected room for its value");
     }
     if (p != NULL) {
-        CPL_TRY(CPL_OPS(dev, linear_fwd, ws->product, projected, NULL, ws->hidden, cpl_weight(ws, weights, p), NULL, CPL_ACT_NONE,
-                        R, teacher_C, C));
+        CPL_TRY(
+            CPL_OPS(dev, linear_fwd, ws->product, projected, ws->hidden, cpl_weight(ws, weights, p), NULL, NULL, R, teacher_C, C));
     }
     CPL_TRY(CPL_OPS(dev, zero, d_projected, (size_t)(R * teacher_C) * cpl_dtype_size(ws->dt)));
     CPL_TRY(CPL_OPS(dev, mse, ws->dt, loss->hidden, d_projected, projected, teacher->hidden, state, coefficient, R * teacher_C));
     if (p != NULL) {
         CPL_TRY(CPL_OPS(dev, linear_bwd_weight, ws->product, grad + p->offset, d_projected, ws->hidden, R, teacher_C, C, false));
-        CPL_TRY(CPL_OPS(dev, linear_bwd_input, ws->product, ws->delta, NULL, d_projected, cpl_weight(ws, weights, p), NULL, R,
+        CPL_TRY(CPL_OPS(dev, linear_bwd_input, ws->product, ws->dbranch, NULL, d_projected, cpl_weight(ws, weights, p), NULL, R,
                         teacher_C, C));
     }
     CPL_TRY(cpl_final_norm_backward(ws, weights, ws->dsum, grad, true));

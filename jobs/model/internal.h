@@ -32,11 +32,10 @@ struct cpl_workspace {
     void *memory; /* owned, device: everything below but `block` */
     size_t bytes;
     cpl_block_activations *block; /* owned, host [layers] */
-    void *delta;                  /* [R,C] act: what a block's half adds to the residual stream; in the backward pass a gradient */
     void *sum, *hidden;           /* [R,C] act: the residual stream at the end, and its LayerNorm */
     float *mean, *rstd;           /* [R] of the last LayerNorm */
     void *logits;                 /* [loss_rows,V] act */
-    void *dsum;                   /* [R,C] act: gradient over the residual stream; NULL without training */
+    void *dsum, *dbranch;         /* [R,C] act: gradients over the residual stream and beside it; NULL without training */
 };
 
 /* Where element i of an activation or weight buffer lies. */
@@ -50,21 +49,21 @@ static inline const void *cpl_block_weight(const cpl_workspace *ws, const void *
     return cpl_weight(ws, weights, cpl_layout_block(ws->layout, layer, role));
 }
 
-/* Block `layer` on the residual stream x + delta (delta NULL: x): its activations, and in ws->delta what it adds to sum2.
- * rerun: computes the same activations again from sum1, without that last product. */
-cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t layer, const void *x, const void *delta, bool rerun);
+/* Block `layer` on the residual stream in its sum1: its activations, and the stream behind it in the next block's sum1 or ws->sum.
+ * rerun: computes the same activations again, without that last product. */
+cpl_status cpl_block_forward(cpl_workspace *ws, const void *weights, int64_t layer, bool rerun);
 
-/* Head, loss, and their backward after cpl_model_forward: ws->delta = gradient over `hidden`, gradient of wte += or =. */
+/* Head, loss, and their backward after cpl_model_forward: ws->dbranch = gradient over `hidden`, gradient of wte += or =. */
 cpl_status cpl_head_step(cpl_workspace *ws, const void *weights, const int32_t *targets, const cpl_model_loss *loss,
                          const cpl_step_state *state, float *grad, bool overwrites, float *soft, float *hard);
 
 /* Hidden-state loss after cpl_model_forward of student and teacher and the backward pass of the last LayerNorm: ws->dsum, the
- * gradients of the last LayerNorm and of the projection +=, loss->hidden +=. Overwrites ws->delta and the teacher's activations but
- * its `hidden`. */
+ * gradients of the last LayerNorm and of the projection +=, loss->hidden +=. Overwrites ws->dbranch and the teacher's activations
+ * but its `hidden`. */
 cpl_status cpl_hidden_step(cpl_workspace *ws, const void *weights, const cpl_model_loss *loss, const cpl_step_state *state,
                            float *grad);
-/* Backward of the last LayerNorm: ws->dsum = LayerNorm'(ws->delta) + dres (NULL: none; may be ws->dsum). whole: that is all of the
- * gradient there, so that the last block's bias can be told. */
+/* Backward of the last LayerNorm: ws->dsum = LayerNorm'(ws->dbranch) + dres (NULL: none; may be ws->dsum). whole: that is all of
+ * the gradient there, so that the last block's bias can be told. */
 cpl_status cpl_final_norm_backward(cpl_workspace *ws, const void *weights, const void *dres, float *grad, bool whole);
 
 #endif

@@ -69,6 +69,7 @@ static void carve_training(cpl_workspace *ws, carver *c) {
     ws->mean = carve(c, R, 1, sizeof(float));
     ws->rstd = carve(c, R, 1, sizeof(float));
     ws->dsum = carve(c, R, C, size);
+    ws->dbranch = carve(c, R, C, size);
 }
 
 static void carve_inference(cpl_workspace *ws, carver *c) {
@@ -92,7 +93,6 @@ static void carve_all(cpl_workspace *ws, carver *c) {
     } else {
         carve_inference(ws, c);
     }
-    ws->delta = carve(c, ws->R, ws->layout->shape.width, cpl_dtype_size(ws->dt));
     ws->logits = carve(c, ws->loss_rows, ws->layout->shape.vocab, cpl_dtype_size(ws->dt));
 }
 

@@ -1,5 +1,5 @@
 /* GELU of a whole buffer, for the recomputation of activations.
- * Refuses an approximation of its own: it shares cpl_geluf with linear_fwd, bit for bit. */
+ * Refuses an approximation of its own: it shares cpl_geluf with linear_gelu_fwd, bit for bit. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/vector.h"
 

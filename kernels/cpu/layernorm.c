@@ -1,4 +1,4 @@
-/* LayerNorm with the residual addition fused in front (forward) and behind (backward).
+/* LayerNorm, in the backward pass with the residual addition behind it.
  * Refuses one-pass variances: mean first, then squared deviations, in f32. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/vector.h"
@@ -25,8 +25,8 @@ static void moments(const float *restrict x, int64_t C, float *restrict scratch,
     *rstd = 1.0f / sqrtf(cpl_dot(scratch, scratch, C) / (float)C + variance_eps);
 }
 
-cpl_status CPL_CPU(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, void *sum, void *y, float *mean, float *rstd, const void *x,
-                                  const void *delta, const void *g, const void *b, int64_t R, int64_t C) {
+cpl_status CPL_CPU(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, void *y, float *mean, float *rstd, const void *x, const void *g,
+                                  const void *b, int64_t R, int64_t C) {
     cpl_status st = CPL_OK;
     int team = cpl_cpu_team(dev, R * C);
     int64_t stride;
@@ -41,17 +41,6 @@ cpl_status CPL_CPU(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, void *sum, void
         float *own = buffers + 3 * omp_get_thread_num() * stride;
         float *scratch = own + stride;
         const float *row = cpl_view_act(dt, own, x, r * C, C);
-        if (delta != NULL) {
-            const float *other = cpl_view_act(dt, scratch, delta, r * C, C);
-            float *target = cpl_target_act(dt, own, sum, r * C);
-#pragma omp simd
-            for (int64_t j = 0; j < C; j++) {
-                target[j] = row[j] + other[j];
-            }
-            cpl_round_act(dt, target, C);
-            cpl_commit_act(dt, sum, r * C, target, C);
-            row = target;
-        }
         float m;
         float s;
         moments(row, C, scratch, &m, &s);

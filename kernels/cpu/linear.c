@@ -144,11 +144,27 @@ done:
 
 typedef struct {
     cpl_dtype dt;
-    cpl_activation activation;
-    void *y, *pre;     /* borrowed [R,N] act; pre may be NULL */
-    const float *bias; /* borrowed [N], or NULL */
+    bool gelu;
+    void *y, *pre;        /* borrowed [R,N] act; pre may be NULL */
+    const float *bias;    /* borrowed [N], or NULL */
+    const void *residual; /* borrowed [R,N] act, or NULL */
     int64_t N;
 } forward;
+
+/* v += x[at...] */
+static void add_act(cpl_dtype dt, float *v, const void *x, int64_t at, int64_t n) {
+    enum { BLOCK = 256 };
+    float buffer[BLOCK];
+    for (int64_t j = 0; j < n; j += BLOCK) {
+        int64_t part = cpl_min_i64(BLOCK, n - j);
+        const float *restrict from = cpl_view_act(dt, buffer, x, at + j, part);
+        float *restrict to = v + j;
+#pragma omp simd
+        for (int64_t l = 0; l < part; l++) {
+            to[l] += from[l];
+        }
+    }
+}
 
 static void finish_forward(const void *layer, const tile *t) {
     const forward *f = layer;
@@ -162,7 +178,10 @@ static void finish_forward(const void *layer, const tile *t) {
                 v[j] += bias[j];
             }
         }
-        if (f->activation == CPL_ACT_GELU) {
+        if (f->residual != NULL) {
+            add_act(f->dt, v, f->residual, at, t->cols);
+        }
+        if (f->gelu) {
             cpl_round_act(f->dt, v, t->cols);
             if (f->pre != NULL) {
                 cpl_store_act(f->dt, f->pre, at, v, t->cols);
@@ -172,17 +191,24 @@ static void finish_forward(const void *layer, const tile *t) {
                 v[j] = cpl_geluf(v[j]);
             }
         }
-        cpl_commit_act(f->dt, f->y, at, v, t->cols);
+        if (f->dt != CPL_F32 || v != (const float *)f->y + at) {
+            cpl_store_act(f->dt, f->y, at, v, t->cols);
+        }
     }
 }
 
-cpl_status CPL_CPU(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
-                               cpl_activation activation, int64_t R, int64_t N, int64_t K) {
+/* layer: but for its bias, which is act here. */
+static cpl_status forward_product(cpl_device *dev, forward layer, const void *x, const void *w, const void *bias, int64_t R,
+                                  int64_t K) {
     cpl_status st = CPL_OK;
+    cpl_dtype dt = layer.dt;
     float *wide_bias = NULL;
     operand a;
     operand b;
-    cpl_gemm_call g = {.dt = native_bf16(dt) ? dt : CPL_F32, .m = R, .n = N, .k = K, .c = dt == CPL_F32 ? y : NULL, .ldc = N};
+    int64_t N = layer.N;
+    /* y may be the residual, which is not to be overwritten by a product yet. */
+    float *in_place = dt == CPL_F32 && layer.residual == NULL ? layer.y : NULL;
+    cpl_gemm_call g = {.dt = native_bf16(dt) ? dt : CPL_F32, .m = R, .n = N, .k = K, .c = in_place, .ldc = N};
     CPL_TRY(straight(dev, dt, false, CPL_SCRATCH_X, x, R, K, &a));
     g.b_trans = g.dt != CPL_F32 || R < TRANSPOSE_ROWS;
     if (g.b_trans) {
@@ -194,10 +220,20 @@ cpl_status CPL_CPU(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre
         CPL_TRY(cpl_cpu_scratch(dev, CPL_SCRATCH_Y, (size_t)N * sizeof *wide_bias, &wide_bias));
         cpl_load_act(dt, wide_bias, bias, 0, N);
     }
-    const forward layer = {.dt = dt, .activation = activation, .y = y, .pre = pre, .bias = wide_bias, .N = N};
+    layer.bias = wide_bias;
     CPL_TRY(product(dev, &g, &a, &b, TILE_ROWS, TILE_COLS, finish_forward, &layer));
 done:
     return st;
+}
+
+cpl_status CPL_CPU(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, const void *x, const void *w, const void *bias,
+                               const void *residual, int64_t R, int64_t N, int64_t K) {
+    return forward_product(dev, (forward){.dt = dt, .y = y, .residual = residual, .N = N}, x, w, bias, R, K);
+}
+
+cpl_status CPL_CPU(linear_gelu_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w,
+                                    const void *bias, int64_t R, int64_t N, int64_t K) {
+    return forward_product(dev, (forward){.dt = dt, .gelu = true, .y = y, .pre = pre, .N = N}, x, w, bias, R, K);
 }
 
 typedef struct {

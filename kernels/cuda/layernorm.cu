@@ -1,4 +1,4 @@
-/* LayerNorm with the residual addition before it. Source: Ba et al. 2016, arXiv:1607.06450. Backward: layernorm_bwd.cu.
+/* LayerNorm. Source: Ba et al. 2016, arXiv:1607.06450. Backward: layernorm_bwd.cu.
  * Refuses one-pass variances: mean first, then squared deviations, of the row in registers. */
 #include "kernels/cuda/norm_rows.cuh"
 #include "kernels/cuda/scratch.h"
@@ -6,16 +6,15 @@
 namespace {
 
 enum { PACKS_MOST = 12 };
-/* Rows of a warp in shared memory, and warps of a block: 192 kB in all, 96 kB or more of them under way. */
+/* Rows of a warp in shared memory, and warps of a block: 96 kB in all, 48 kB or more of them under way. */
 template <int PACKS> constexpr int stages = PACKS < 6 ? 12 / PACKS : 2;
 template <int PACKS> constexpr int most_warps = 192 / (PACKS * stages<PACKS>);
-/* Of x and delta. */
-template <typename T, int PACKS> using forward_ring = row_ring<T, PACKS, 2, stages<PACKS>>;
+template <typename T, int PACKS> using forward_ring = row_ring<T, PACKS, 1, stages<PACKS>>;
 
 /* A warp a row, PACKS packs of it a lane. */
 template <typename T, int PACKS>
 __global__ void __launch_bounds__(32 * most_warps<PACKS>, 1)
-    forward_kernel(T *sum, T *y, float *mean, float *rstd, const T *x, const T *delta, const T *g, const T *b, int64_t R, int C) {
+    forward_kernel(T *y, float *mean, float *rstd, const T *x, const T *g, const T *b, int64_t R, int C) {
     using ring_of = forward_ring<T, PACKS>;
     constexpr int N = pack_of<T>, PAIR = N / 4, SPAN = ring_of::SPAN, AHEAD = stages<PACKS> - 1;
     extern __shared__ uint4 shared[];
@@ -30,29 +29,18 @@ __global__ void __launch_bounds__(32 * most_warps<PACKS>, 1)
     int64_t row = ring.first(R), stride = ring.stride();
 #pragma unroll
     for (int s = 0; s < AHEAD; s++) {
-        ring.send(s * ring_of::ROW, row - s * stride, C, delta, x);
+        ring.send(s * ring_of::ROW, row - s * stride, C, x);
     }
 #pragma unroll 1
     for (int full = 0, empty = ring_of::LAST; row >= 0; row -= stride) {
         float v[PACKS][N], total = 0, squares = 0;
-        ring.send(empty, row - AHEAD * stride, C, delta, x);
+        ring.send(empty, row - AHEAD * stride, C, x);
         copies_wait<AHEAD>();
         const T *own = ring.at + full;
         int64_t to = row * C + ring.column;
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             words<T> in = load_words(own + k * SPAN);
-            if (delta != nullptr) {
-                words<T> added = load_words(own + ring_of::PART + k * SPAN);
-#pragma unroll
-                for (int j = 0; j < N; j += PAIR) {
-                    int l = j + PAIR - 1;
-                    in.set(j / PAIR, in.f32(j) + added.f32(j), in.f32(l) + added.f32(l));
-                }
-                if (k * SPAN < ring.own) {
-                    store_words(sum + to + k * SPAN, in);
-                }
-            }
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 v[k][j] = in.f32(j);
@@ -97,32 +85,25 @@ __global__ void __launch_bounds__(32 * most_warps<PACKS>, 1)
 
 /* Any row, a warp a row, read again for each pass. */
 template <typename T>
-__global__ void __launch_bounds__(ANY_THREADS) forward_any_kernel(T *sum, T *y, float *mean, float *rstd, const T *x,
-                                                                  const T *delta, const T *g, const T *b, int64_t R, int64_t C) {
+__global__ void __launch_bounds__(ANY_THREADS)
+    forward_any_kernel(T *y, float *mean, float *rstd, const T *x, const T *g, const T *b, int64_t R, int64_t C) {
     int lane = threadIdx.x % 32;
     int64_t row = blockIdx.x * (int64_t)ANY_WARPS + threadIdx.x / 32;
     if (row >= R) {
         return;
     }
-    const T *from = delta != nullptr ? sum : x;
     float total = 0, squares = 0;
     for (int64_t i = lane; i < C; i += 32) {
-        float v = to_f32(x[row * C + i]);
-        if (delta != nullptr) {
-            T s = from_f32<T>(v + to_f32(delta[row * C + i]));
-            sum[row * C + i] = s;
-            v = to_f32(s);
-        }
-        total += v;
+        total += to_f32(x[row * C + i]);
     }
     float m = warp_sum(total) / (float)C;
-    for (int64_t i = lane; i < C; i += 32) { /* each lane reads what it wrote itself */
-        float d = to_f32(from[row * C + i]) - m;
+    for (int64_t i = lane; i < C; i += 32) {
+        float d = to_f32(x[row * C + i]) - m;
         squares = fmaf(d, d, squares);
     }
     float r = rsqrtf(warp_sum(squares) / (float)C + 1e-5f);
     for (int64_t i = lane; i < C; i += 32) {
-        y[row * C + i] = from_f32<T>(fmaf(to_f32(g[i]), (to_f32(from[row * C + i]) - m) * r, to_f32(b[i])));
+        y[row * C + i] = from_f32<T>(fmaf(to_f32(g[i]), (to_f32(x[row * C + i]) - m) * r, to_f32(b[i])));
     }
     if (lane == 0) {
         mean[row] = m;
@@ -130,8 +111,7 @@ __global__ void __launch_bounds__(ANY_THREADS) forward_any_kernel(T *sum, T *y, 
     }
 }
 
-template <typename T>
-using forward_plan = row_plan<T *, T *, float *, float *, const T *, const T *, const T *, const T *, int64_t, int>;
+template <typename T> using forward_plan = row_plan<T *, float *, float *, const T *, const T *, const T *, int64_t, int>;
 template <typename T, int PACKS> forward_plan<T> plan_of() {
     using ring = forward_ring<T, PACKS>;
     return {forward_kernel<T, PACKS>, most_warps<PACKS>, ring::PART, (int64_t)sizeof(T) * stages<PACKS> * ring::ROW};
@@ -148,22 +128,21 @@ template <typename T> forward_plan<T> plan_for(int64_t packs) {
 
 /* *done false: rows that are not aligned, or wider than a warp takes. */
 template <typename T>
-cudaError_t forward_aligned(bool *done, cpl_device *dev, T *sum, T *y, float *mean, float *rstd, const T *x, const T *delta,
-                            const T *g, const T *b, int64_t R, int64_t C) {
+cudaError_t forward_aligned(bool *done, cpl_device *dev, T *y, float *mean, float *rstd, const T *x, const T *g, const T *b,
+                            int64_t R, int64_t C) {
     int64_t packs = cpl_ceil_div(C, 32 * pack_of<T>);
     *done = false;
-    if (C % pack_of<T> != 0 || packs > PACKS_MOST || !aligned16(sum, y, x, delta, g, b)) {
+    if (C % pack_of<T> != 0 || packs > PACKS_MOST || !aligned16(y, x, g, b)) {
         return cudaSuccess;
     }
     int blocks = (int)cpl_scratch_norm_pieces(R, cpl_cuda_of(dev)->sm_count);
-    return launch_rows(done, dev, plan_for<T>(packs), C, blocks, sum, y, mean, rstd, x, delta, g, b, R, (int)C);
+    return launch_rows(done, dev, plan_for<T>(packs), C, blocks, y, mean, rstd, x, g, b, R, (int)C);
 }
 
 } // namespace
 
-extern "C" cpl_status CPL_CUDA(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, void *sum, void *y, float *mean, float *rstd,
-                                              const void *x, const void *delta, const void *g, const void *b, int64_t R,
-                                              int64_t C) {
+extern "C" cpl_status CPL_CUDA(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, void *y, float *mean, float *rstd, const void *x,
+                                              const void *g, const void *b, int64_t R, int64_t C) {
     if (R == 0) {
         return CPL_OK;
     }
@@ -171,11 +150,10 @@ extern "C" cpl_status CPL_CUDA(layernorm_fwd)(cpl_device *dev, cpl_dtype dt, voi
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
         bool aligned = false;
-        error = forward_aligned<T>(&aligned, dev, (T *)sum, (T *)y, mean, rstd, (const T *)x, (const T *)delta, (const T *)g,
-                                   (const T *)b, R, C);
+        error = forward_aligned<T>(&aligned, dev, (T *)y, mean, rstd, (const T *)x, (const T *)g, (const T *)b, R, C);
         if (error == cudaSuccess && !aligned) {
             forward_any_kernel<T><<<(unsigned)cpl_ceil_div(R, ANY_WARPS), ANY_THREADS, 0, cpl_cuda_stream(dev)>>>(
-                (T *)sum, (T *)y, mean, rstd, (const T *)x, (const T *)delta, (const T *)g, (const T *)b, R, C);
+                (T *)y, mean, rstd, (const T *)x, (const T *)g, (const T *)b, R, C);
         }
     });
     if (error != cudaSuccess) {

@@ -90,37 +90,67 @@ done:
 
 /* --- the operations --- */
 
-/* y = x w^T + bias where cuBLASLt has no product with a bias: the sum in f32, so that it is rounded once. */
-static cpl_status add_bias_apart(cpl_device *dev, cpl_product product, cpl_product_data data, const void *bias) {
+/* y = x w^T + bias + residual where cuBLASLt has no such product: the sum in f32, so that it is rounded once. */
+static cpl_status add_apart(cpl_device *dev, cpl_product product, cpl_product_data data) {
     cpl_status st = CPL_OK;
     float *sum = NULL;
-    void *y = data.d;
+    const cpl_product_data whole = data;
     choice wide;
     CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, (size_t)(product.n * product.m) * sizeof *sum, &sum));
     product.wide = 1;
-    data.d = sum;
-    data.vector = NULL;
+    product.accumulate = 0;
+    data = (cpl_product_data){.a = whole.a, .b = whole.b, .d = sum};
     CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &wide));
     CPL_TRY(cpl_cuda_product_run(dev, wide.plan, &data));
-    CPL_TRY(cpl_cuda_add_bias(dev, cpl_dtype_storage((cpl_dtype)product.dt), y, sum, bias, product.n, product.m));
+    CPL_TRY(cpl_cuda_add_apart(dev, cpl_dtype_storage((cpl_dtype)product.dt), whole.d, sum, whole.vector, whole.c, product.n,
+                               product.m));
 done:
     return st;
 }
 
-cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w, const void *bias,
-                                cpl_activation activation, int64_t R, int64_t N, int64_t K) {
+static cpl_product forward_product(cpl_dtype dt, int64_t R, int64_t N, int64_t K) {
+    return (cpl_product){.dt = dt, .transposed_a = 1, .m = N, .n = R, .k = K};
+}
+
+/* *best: y = x w^T + bias [+ c] by cuBLASLt, infinitely slow where it has none. */
+static cpl_status find_forward(cpl_device *dev, cpl_product *product, const cpl_product_data *data, choice *best) {
+    return find(dev, product, data->vector != NULL ? CPL_AFTER_BIAS : CPL_AFTER_NOTHING, data, best);
+}
+
+static cpl_status run_forward(cpl_device *dev, const cpl_product *product, const cpl_product_data *data, const choice *best) {
+    bool apart = !isfinite(best->ms) && (data->vector != NULL || data->c != NULL);
+    return apart ? add_apart(dev, *product, *data) : cpl_cuda_product_run(dev, best->plan, data);
+}
+
+cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, const void *x, const void *w, const void *bias,
+                                const void *residual, int64_t R, int64_t N, int64_t K) {
+    cpl_status st = CPL_OK;
+    cpl_product product = forward_product(dt, R, N, K);
+    const cpl_product_data data = {.a = w, .b = x, .c = residual, .d = y, .vector = (void *)(uintptr_t)bias};
+    choice best;
+    if (R == 0 || N == 0) {
+        return CPL_OK;
+    }
+    product.accumulate = residual != NULL;
+    CPL_TRY(find_forward(dev, &product, &data, &best));
+    CPL_TRY(run_forward(dev, &product, &data, &best));
+done:
+    return st;
+}
+
+cpl_status CPL_CUDA(linear_gelu_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pre, const void *x, const void *w,
+                                     const void *bias, int64_t R, int64_t N, int64_t K) {
     cpl_status st = CPL_OK;
     cpl_dtype act = cpl_dtype_storage(dt);
-    bool gelu = activation == CPL_ACT_GELU, never = false, own = false;
-    cpl_product product = {.dt = dt, .transposed_a = 1, .m = N, .n = R, .k = K};
-    cpl_product_data data = {.a = w, .b = x, .d = gelu && pre != NULL ? pre : y, .vector = (void *)(uintptr_t)bias};
+    bool never = false, own = false;
+    cpl_product product = forward_product(dt, R, N, K);
+    const cpl_product_data data = {.a = w, .b = x, .d = pre != NULL ? pre : y, .vector = (void *)(uintptr_t)bias};
     choice best, none = {.ms = INFINITY};
     if (R == 0 || N == 0) {
         return CPL_OK;
     }
-    CPL_TRY(find(dev, &product, bias != NULL ? CPL_AFTER_BIAS : CPL_AFTER_NOTHING, &data, &best));
-    bool apart = bias != NULL && !isfinite(best.ms);
-    if (gelu && bias != NULL && !apart && act != CPL_F32) {
+    CPL_TRY(find_forward(dev, &product, &data, &best));
+    if (bias != NULL && isfinite(best.ms) && act != CPL_F32) {
         separate s = {.dev = dev, .dt = act, .to = y, .from = data.d, .R = R, .N = N};
         own_product o = {.dev = dev, .dt = act, .to = y, .pre = pre, .from = x, .w = w, .bias = bias, .R = R, .N = N, .K = K};
         CPL_TRY(take_faster("gelu", &s, separate_gelu, &none, &best, &never));
@@ -129,10 +159,8 @@ cpl_status CPL_CUDA(linear_fwd)(cpl_device *dev, cpl_dtype dt, void *y, void *pr
             return own_forward(&o);
         }
     }
-    CPL_TRY(apart ? add_bias_apart(dev, product, data, bias) : cpl_cuda_product_run(dev, best.plan, &data));
-    if (gelu) {
-        CPL_TRY(CPL_CUDA(gelu_fwd)(dev, act, y, data.d, R * N));
-    }
+    CPL_TRY(run_forward(dev, &product, &data, &best));
+    CPL_TRY(CPL_CUDA(gelu_fwd)(dev, act, y, data.d, R * N));
 done:
     return st;
 }
@@ -181,7 +209,7 @@ cpl_status CPL_CUDA(linear_bwd_weight)(cpl_device *dev, cpl_dtype dt, float *dw,
                                        int64_t N, int64_t K, bool overwrites) {
     cpl_status st = CPL_OK;
     cpl_product product = {.dt = dt, .wide = 1, .transposed_b = 1, .accumulate = !overwrites, .m = K, .n = N, .k = R};
-    const cpl_product_data data = {.a = x, .b = dy, .d = dw};
+    const cpl_product_data data = {.a = x, .b = dy, .c = dw, .d = dw};
     choice best;
     if (R == 0 || N == 0) {
         return overwrites ? CPL_CUDA(zero)(dev, dw, (size_t)(N * K) * sizeof *dw) : CPL_OK;

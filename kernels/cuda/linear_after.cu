@@ -1,4 +1,4 @@
-/* What follows a matrix product where it is not done in the same pass: bias, GELU's derivative, column sums.
+/* What follows a matrix product where it is not done in the same pass: bias and residual, GELU's derivative, column sums.
  * Refuses float atomics: column sums are partial sums of fixed pieces of rows, added in order. */
 #include "kernels/cuda/elementary.cuh"
 #include "kernels/cuda/partials.cuh"
@@ -35,20 +35,24 @@ extern "C" cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx
     return cpl_cuda_launched(dev, "gelu_grad");
 }
 
-template <typename T> __global__ void add_bias_kernel(T *y, const float *sum, const T *bias, int64_t n, int64_t N) {
+template <typename T>
+__global__ void add_apart_kernel(T *y, const float *sum, const T *bias, const T *residual, int64_t n, int64_t N) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
-        y[i] = from_f32<T>(sum[i] + to_f32(bias[i % N]));
+        float v = sum[i];
+        v += bias != nullptr ? to_f32(bias[i % N]) : 0;
+        v += residual != nullptr ? to_f32(residual[i]) : 0;
+        y[i] = from_f32<T>(v);
     }
 }
 
-extern "C" cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias, int64_t R,
-                                        int64_t N) {
+extern "C" cpl_status cpl_cuda_add_apart(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias,
+                                         const void *residual, int64_t R, int64_t N) {
     cpl_dispatch(dt, [&](auto zero) {
         using T = decltype(zero);
-        add_bias_kernel<T>
-            <<<grid_for(dev, R * N, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)y, sum, (const T *)bias, R * N, N);
+        add_apart_kernel<T><<<grid_for(dev, R * N, THREADS, 16), THREADS, 0, cpl_cuda_stream(dev)>>>((T *)y, sum, (const T *)bias,
+                                                                                                     (const T *)residual, R * N, N);
     });
-    return cpl_cuda_launched(dev, "add_bias");
+    return cpl_cuda_launched(dev, "what follows a product");
 }
 
 /* partial[piece, column]: a block has SUM_COLUMNS columns of one piece of rows; SUM_LANES rows at a time, V columns a thread. The

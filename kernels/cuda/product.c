@@ -86,8 +86,9 @@ cublasStatus_t cpl_product_enqueue(cpl_device *dev, cpl_product_plan *plan, cons
                                    const cublasLtMatmulAlgo_t *algo) {
     cpl_cuda *cuda = cpl_cuda_of(dev);
     const float one = 1.0f, beta = plan->product.accumulate ? 1.0f : 0.0f;
-    return cublasLtMatmul(cuda->linear->handle, plan->desc, &one, data->a, plan->a, data->b, plan->b, &beta, data->d, plan->d,
-                          data->d, plan->d, algo, cuda->linear->workspace, CPL_CUDA_PRODUCT_WORKSPACE, cuda->stream);
+    return cublasLtMatmul(cuda->linear->handle, plan->desc, &one, data->a, plan->a, data->b, plan->b, &beta,
+                          plan->product.accumulate ? data->c : data->d, plan->d, data->d, plan->d, algo, cuda->linear->workspace,
+                          CPL_CUDA_PRODUCT_WORKSPACE, cuda->stream);
 }
 
 /* --- plans --- */
@@ -132,6 +133,10 @@ cpl_status cpl_cuda_product_find(cpl_device *dev, const cpl_product *product, co
     const void *const pointers[4] = {data->a, data->b, data->d, has_aux(product) ? data->aux : data->vector};
     for (int i = 0; i < 4; i++) {
         wanted.alignment[i] = alignment_of(pointers[i]);
+    }
+    if (product->accumulate) {
+        const int32_t of_c = alignment_of(data->c);
+        wanted.alignment[2] = of_c < wanted.alignment[2] ? of_c : wanted.alignment[2];
     }
     for (*out = linear->plans; *out != NULL; *out = (*out)->next) {
         if (memcmp(&(*out)->product, &wanted, sizeof wanted) == 0) {

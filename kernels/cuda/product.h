@@ -15,19 +15,21 @@ typedef enum {
     CPL_AFTER_GELU_GRAD /* d *= GELU'(aux); aux [m,n] of a's type */
 } cpl_after;
 
-/* d = op(a) op(b) [+ d], all column-major: a [m,k] or, transposed, [k,m]; b [k,n] or [n,k]; d [m,n]; no gaps between columns. */
+/* d = op(a) op(b) [+ c], all column-major: a [m,k] or, transposed, [k,m]; b [k,n] or [n,k]; c, d [m,n] of one type; no gaps between
+ * columns. */
 typedef struct {
     int32_t dt;   /* cpl_dtype of a and b */
     int32_t wide; /* d is f32, whatever dt */
     int32_t transposed_a, transposed_b;
-    int32_t accumulate;   /* d += instead of = */
+    int32_t accumulate;   /* d = c + op(a) op(b) */
     int32_t after;        /* cpl_after */
-    int32_t alignment[4]; /* bytes: of a, b, d and of vector or aux; filled by cpl_cuda_product_find */
+    int32_t alignment[4]; /* bytes: of a, b, d with c and of vector or aux; filled by cpl_cuda_product_find */
     int64_t m, n, k;
 } cpl_product;
 
 typedef struct {
     const void *a, *b;
+    const void *c; /* where accumulated; may be d */
     void *d;
     void *vector;
     const void *aux;
@@ -36,7 +38,7 @@ typedef struct {
 typedef struct cpl_product_plan cpl_product_plan;
 
 /* *out: the plan for this product over such pointers, timed on first use (not while a graph is recorded; d is left as a run of it
- * would leave it, or untouched where accumulated). *ms: its time, INFINITY where cuBLASLt has none. Errors: CPL_DEVICE;
+ * would leave it, or untouched where it is c). *ms: its time, INFINITY where cuBLASLt has none. Errors: CPL_DEVICE;
  * CPL_INTERNAL when it would have to be timed while a graph is recorded. */
 cpl_status cpl_cuda_product_find(cpl_device *dev, const cpl_product *product, const cpl_product_data *data, cpl_product_plan **out,
                                  double *ms);
@@ -46,13 +48,15 @@ cpl_status cpl_cuda_product_run(cpl_device *dev, cpl_product_plan *plan, const c
 cpl_status cpl_cuda_timed_once(cpl_device *dev, const char *name, const int64_t size[4], cpl_status (*body)(void *context),
                                void *context, double *ms);
 
-/* What a product does not do in the same pass.   dx, pre [n] act   y = sum + bias: y [R,N] act, sum [R,N] f32, bias [N] act
+/* What a product does not do in the same pass.   dx, pre [n] act
+ * y = sum + bias + residual: y, residual [R,N] act, sum [R,N] f32, bias [N] act; bias, residual: or NULL; y may be residual
  * sums += column sums of x [R,N] act, a row ld elements after the one before; sums [N] f32 */
 cpl_status cpl_cuda_gelu_grad(cpl_device *dev, cpl_dtype dt, void *dx, const void *pre, int64_t n);
-cpl_status cpl_cuda_add_bias(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias, int64_t R, int64_t N);
+cpl_status cpl_cuda_add_apart(cpl_device *dev, cpl_dtype dt, void *y, const float *sum, const void *bias, const void *residual,
+                              int64_t R, int64_t N);
 cpl_status cpl_cuda_column_sums(cpl_device *dev, cpl_dtype dt, float *sums, const void *x, int64_t ld, int64_t R, int64_t N);
 
-/* linear_fwd with a bias and GELU of the rounded sum, and linear_bwd_input with GELU's derivative, by our own kernel
+/* linear_gelu_fwd with a bias, and linear_bwd_input with GELU's derivative, by our own kernel
  * (product_gelu.cu). usable: sm_90, 16-bit types, rows and the pointers (those of the call, and pre) at multiples of 16 bytes. pre
  * NULL: not kept. */
 bool cpl_cuda_product_gelu_usable(const cpl_device *dev, cpl_dtype dt, int64_t R, int64_t N, int64_t K, const void *x,

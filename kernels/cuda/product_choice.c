@@ -126,7 +126,7 @@ done:
     return st;
 }
 
-/* Accumulating products are timed on a d of their own. */
+/* Where d is c, timed on a d of its own. */
 cpl_status cpl_product_choose(cpl_device *dev, cpl_product_plan *plan, const cpl_product_data *data) {
     cpl_status st = CPL_OK;
     cublasLtMatmulPreference_t preference = NULL;
@@ -148,10 +148,11 @@ cpl_status cpl_product_choose(cpl_device *dev, cpl_product_plan *plan, const cpl
         goto done; /* ms stays infinite */
     }
     CPL_LT("look for algorithms", found);
-    if (p->accumulate) {
-        CPL_CUDA_TRY("time a product", cudaMalloc(&own, (size_t)p->m * (size_t)p->n * sizeof(float)));
-        CPL_CUDA_TRY("time a product", cudaMemsetAsync(own, 0, (size_t)p->m * (size_t)p->n * sizeof(float), cpl_cuda_stream(dev)));
-        there.d = own;
+    if (p->accumulate && data->c == data->d) {
+        const size_t bytes = (size_t)p->m * (size_t)p->n * (p->wide ? sizeof(float) : cpl_dtype_size((cpl_dtype)p->dt));
+        CPL_CUDA_TRY("time a product", cudaMalloc(&own, bytes));
+        CPL_CUDA_TRY("time a product", cudaMemsetAsync(own, 0, bytes, cpl_cuda_stream(dev)));
+        there.c = there.d = own;
     }
     CPL_TRY(race(dev, plan, &there, offered, count));
 done:

@@ -1,4 +1,4 @@
-/* GELU, tanh form: values, agreement with linear_fwd bit for bit, independence of position and threads.
+/* GELU, tanh form: values, agreement with linear_gelu_fwd bit for bit, independence of position and threads.
  * Refuses tolerances wider than the storage format plus a few ulps. */
 #include "tests/support/support.h"
 #include <math.h>
@@ -55,11 +55,11 @@ static void gelu_is_what_linear_makes(cpl_device *dev) {
         char *y = test_array(R * N, size);
         char *pre = test_array(R * N, size);
         char *again = test_array(R * N, size);
-        assert_ok(dev->ops->linear_fwd(dev, dt, y, pre, x, w, bias, CPL_ACT_GELU, R, N, K));
+        assert_ok(dev->ops->linear_gelu_fwd(dev, dt, y, pre, x, w, bias, R, N, K));
         assert_ok(dev->ops->gelu_fwd(dev, dt, again, pre, R * N));
         test_same_bits("gelu of linear's pre", y, again, (size_t)(R * N) * size);
         memset(y, 0, (size_t)(R * N) * size);
-        assert_ok(dev->ops->linear_fwd(dev, dt, y, NULL, x, w, bias, CPL_ACT_GELU, R, N, K));
+        assert_ok(dev->ops->linear_gelu_fwd(dev, dt, y, NULL, x, w, bias, R, N, K));
         if (test_on_gpu()) { /* by another product, perhaps */
             double *want = test_widen(dt, again, R * N);
             test_close("linear without pre", dt, y, want, R * N, 4 * test_roundoff(dt), 2 * test_roundoff(dt));

@@ -58,14 +58,14 @@ static void check_forward(cpl_device *dev, cpl_dtype dt, shape s) {
     double absolute = 2e-6 * (size + 3);
     /* of a few rows a GPU's library may round the product before it adds the bias */
     double relative = (test_on_gpu() ? 2.02 : 1.01) * test_roundoff(dt);
-    assert_ok(dev->ops->linear_fwd(dev, dt, y, NULL, x, w, NULL, CPL_ACT_NONE, s.R, s.N, s.K));
+    assert_ok(dev->ops->linear_fwd(dev, dt, y, x, w, NULL, NULL, s.R, s.N, s.K));
     test_close("product", dt, y, product, n, absolute, relative);
     for (int64_t i = 0; i < n; i++) {
         product[i] += bias64[i % s.N];
     }
-    assert_ok(dev->ops->linear_fwd(dev, dt, y, NULL, x, w, bias, CPL_ACT_NONE, s.R, s.N, s.K));
+    assert_ok(dev->ops->linear_fwd(dev, dt, y, x, w, bias, NULL, s.R, s.N, s.K));
     test_close("product and bias", dt, y, product, n, absolute, relative);
-    assert_ok(dev->ops->linear_fwd(dev, dt, y, pre, x, w, bias, CPL_ACT_GELU, s.R, s.N, s.K));
+    assert_ok(dev->ops->linear_gelu_fwd(dev, dt, y, pre, x, w, bias, s.R, s.N, s.K));
     test_close("before GELU", dt, pre, product, n, absolute, relative);
     for (int64_t i = 0; i < n; i++) {
         want[i] = gelu(cpl_act_get(dt, pre, i));
@@ -75,10 +75,50 @@ static void check_forward(cpl_device *dev, cpl_dtype dt, shape s) {
     release(all, sizeof all / sizeof all[0]);
 }
 
+/* Onto a residual, with and without a bias; then into the residual itself. */
+static void check_residual(cpl_device *dev, cpl_dtype dt, shape s) {
+    int64_t n = s.R * s.N;
+    size_t bytes = (size_t)n * cpl_dtype_size(dt);
+    double *x64;
+    double *w64;
+    double *bias64;
+    double *residual64;
+    void *x = test_act(dt, 1, s.R * s.K, 1.0f, &x64);
+    void *w = test_act(dt, 2, s.N * s.K, 0.3f, &w64);
+    void *bias = test_act(dt, 3, s.N, 1.0f, &bias64);
+    void *residual = test_act(dt, 4, n, 2.0f, &residual64);
+    void *kept = test_act(dt, 4, n, 2.0f, NULL);
+    void *y = test_array(n, cpl_dtype_size(dt));
+    double *want = test_array(n, sizeof *want);
+    double size = 0;
+    multiply(want, &size, s.R, s.N, s.K, x64, s.K, 1, w64, s.K, 1);
+    double absolute = 2e-6 * (size + 12);
+    double relative = (test_on_gpu() ? 2.02 : 1.01) * test_roundoff(dt);
+    for (int64_t i = 0; i < n && test_on_gpu(); i++) { /* it may round the sum before it adds the last term, too */
+        absolute = fmax(absolute, 2e-6 * (size + 12) + 1.01 * test_roundoff(dt) * (fabs(want[i]) + fabs(bias64[i % s.N])));
+    }
+    for (int64_t i = 0; i < n; i++) {
+        want[i] += residual64[i];
+    }
+    assert_ok(dev->ops->linear_fwd(dev, dt, y, x, w, NULL, residual, s.R, s.N, s.K));
+    test_close("product onto a residual", dt, y, want, n, absolute, relative);
+    for (int64_t i = 0; i < n; i++) {
+        want[i] += bias64[i % s.N];
+    }
+    assert_ok(dev->ops->linear_fwd(dev, dt, y, x, w, bias, residual, s.R, s.N, s.K));
+    test_close("product and bias onto a residual", dt, y, want, n, absolute, relative);
+    test_same_bits("the residual as it was", residual, kept, bytes);
+    assert_ok(dev->ops->linear_fwd(dev, dt, residual, x, w, bias, residual, s.R, s.N, s.K));
+    test_same_bits("into the residual", residual, y, bytes);
+    void *const all[] = {x, w, bias, residual, kept, y, want, x64, w64, bias64, residual64};
+    release(all, sizeof all / sizeof all[0]);
+}
+
 static void forward_on(cpl_device *dev) {
     for (int dt = CPL_F32; dt <= CPL_F16; dt++) {
         for (int i = 0; i < SHAPES; i++) {
             check_forward(dev, dt, shapes[i]);
+            check_residual(dev, dt, shapes[i]);
         }
     }
 }
@@ -208,7 +248,7 @@ static void test_linear_bits_do_not_depend_on_threads(void **state) {
                     }
                     cpl_device *dev = test_device(test_isas[i], threads);
                     if (dev != NULL) {
-                        assert_ok(dev->ops->linear_fwd(dev, dt, out[0], NULL, x, w, bias, CPL_ACT_GELU, s.R, s.N, s.K));
+                        assert_ok(dev->ops->linear_gelu_fwd(dev, dt, out[0], NULL, x, w, bias, s.R, s.N, s.K));
                         assert_ok(dev->ops->linear_bwd_input(dev, dt, out[1], out[3], out[0], w, x, s.R, s.N, s.K));
                         assert_ok(dev->ops->linear_bwd_weight(dev, dt, out[2], out[0], x, s.R, s.N, s.K, i % 2 == 0));
                     }
@@ -233,7 +273,7 @@ static void overflow_reaches_the_output(cpl_device *dev) {
     uint16_t x[2] = {cpl_f16_from_f32(60000.0f), cpl_f16_from_f32(NAN)};
     uint16_t w[1] = {cpl_f16_from_f32(2.0f)};
     uint16_t y[2];
-    assert_ok(dev->ops->linear_fwd(dev, CPL_F16, y, NULL, x, w, NULL, CPL_ACT_NONE, 2, 1, 1));
+    assert_ok(dev->ops->linear_fwd(dev, CPL_F16, y, x, w, NULL, NULL, 2, 1, 1));
     assert_int_equal(y[0], 0x7c00);
     assert_true(isnan(cpl_f16_to_f32(y[1])));
 }

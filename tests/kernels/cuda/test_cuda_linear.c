@@ -21,14 +21,23 @@ static void check_forward(cpl_dtype dt, shape s) {
     test_twin x = test_twin_act(dt, 1, s.R * s.K, 1.0f), w = test_twin_act(dt, 2, s.N * s.K, 0.5f);
     test_twin bias = test_twin_act(dt, 3, s.N, 1.0f);
     double most = tolerance(dt, s.K + 1, 1.0);
-    for (int kind = 0; kind < 4; kind++) {
+    for (int kind = 0; kind < 7; kind++) {
         test_twin y = test_twin_new((size_t)(s.R * s.N) * size), pre = test_twin_new((size_t)(s.R * s.N) * size);
-        bool gelu = kind >= 2, keeps = kind == 3;
+        test_twin residual = test_twin_act(dt, 4, s.R * s.N, 2.0f);
+        bool keeps = kind == 1, into = kind == 6; /* 0, 1: GELU; then without, with residual; 6: in place */
         for (int d = 0; d < 2; d++) {
-            assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], keeps ? pre.on[d] : NULL, x.on[d], w.on[d],
-                              kind == 0 ? NULL : bias.on[d], gelu ? CPL_ACT_GELU : CPL_ACT_NONE, s.R, s.N, s.K));
+            const void *added = kind >= 4 ? residual.on[d] : NULL;
+            assert_ok(kind < 2 ? CPL_OPS(test_on[d], linear_gelu_fwd, dt, y.on[d], keeps ? pre.on[d] : NULL, x.on[d], w.on[d],
+                                         bias.on[d], s.R, s.N, s.K)
+                               : CPL_OPS(test_on[d], linear_fwd, dt, into ? residual.on[d] : y.on[d], x.on[d], w.on[d],
+                                         kind % 2 ? bias.on[d] : NULL, added, s.R, s.N, s.K));
         }
-        test_twin_close("y", dt, &y, s.R * s.N, 1.2 * most, 2 * test_roundoff(dt));
+        if (into) {
+            test_twin_close("y in place", dt, &residual, s.R * s.N, 1.2 * most, 2 * test_roundoff(dt));
+        }
+        if (!into) {
+            test_twin_close("y", dt, &y, s.R * s.N, 1.2 * most, 2 * test_roundoff(dt));
+        }
         if (keeps) {
             test_twin_close("pre", dt, &pre, s.R * s.N, most, 2 * test_roundoff(dt));
             test_twin again = test_twin_new((size_t)(s.R * s.N) * size);
@@ -41,6 +50,7 @@ static void check_forward(cpl_dtype dt, shape s) {
         }
         test_twin_free(&y);
         test_twin_free(&pre);
+        test_twin_free(&residual);
     }
     test_twin_free(&x);
     test_twin_free(&w);
@@ -93,17 +103,17 @@ static void test_unaligned_operands(void **state) {
         shape s = {33, 40, 24};
         test_twin x = test_twin_act(dt, 1, s.R * s.K + 1, 1.0f), w = test_twin_act(dt, 2, s.N * s.K + 1, 0.5f);
         test_twin bias = test_twin_act(dt, 3, s.N + 1, 1.0f), y = test_twin_new((size_t)(s.R * s.N) * size);
-        test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K + 1, 1.0f);
+        test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K + 1, 1.0f), residual = test_twin_act(dt, 9, s.R * s.N + 1, 1.0f);
         for (int d = 0; d < 2; d++) {
-            assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], NULL, (char *)x.on[d] + size, (char *)w.on[d] + size,
-                              (char *)bias.on[d] + size, CPL_ACT_NONE, s.R, s.N, s.K));
+            assert_ok(CPL_OPS(test_on[d], linear_fwd, dt, y.on[d], (char *)x.on[d] + size, (char *)w.on[d] + size,
+                              (char *)bias.on[d] + size, (char *)residual.on[d] + size, s.R, s.N, s.K));
             assert_ok(CPL_OPS(test_on[d], linear_bwd_weight, dt, (float *)dw.on[d] + 1, y.on[d], (char *)x.on[d] + size, s.R, s.N,
                               s.K, false));
         }
         test_twin_close("y", dt, &y, s.R * s.N, tolerance(dt, s.K + 1, 1.0), 2 * test_roundoff(dt));
         test_twin_close("dw", CPL_F32, &dw, s.N * s.K + 1, 8 * tolerance(dt, s.R, 4.0), 0); /* from y, rounded on each side */
-        test_twin *all[] = {&x, &w, &bias, &y, &dw};
-        for (int i = 0; i < 5; i++) {
+        test_twin *all[] = {&x, &w, &bias, &y, &dw, &residual};
+        for (int i = 0; i < 6; i++) {
             test_twin_free(all[i]);
         }
     }
@@ -119,7 +129,7 @@ static void check_tf32(shape s) {
     test_twin dw = test_twin_act(CPL_F32, 8, s.N * s.K, 1.0f);
     for (int d = 0; d < 2; d++) {
         cpl_device *dev = test_on[d];
-        assert_ok(CPL_OPS(dev, linear_fwd, on[d], y.on[d], kept.on[d], x.on[d], w.on[d], bias.on[d], CPL_ACT_GELU, s.R, s.N, s.K));
+        assert_ok(CPL_OPS(dev, linear_gelu_fwd, on[d], y.on[d], kept.on[d], x.on[d], w.on[d], bias.on[d], s.R, s.N, s.K));
         assert_ok(CPL_OPS(dev, linear_bwd_input, on[d], dx.on[d], NULL, dy.on[d], w.on[d], pre.on[d], s.R, s.N, s.K));
         assert_ok(CPL_OPS(dev, linear_bwd_weight, on[d], dw.on[d], dy.on[d], x.on[d], s.R, s.N, s.K, false));
     }
@@ -149,8 +159,7 @@ static void test_tf32_is_not_fp32(void **state) {
     void *bits[2];
     for (int run = 0; run < 2; run++) {
         test_twin y = test_twin_new((size_t)(s.R * s.N) * sizeof(float));
-        assert_ok(
-            CPL_OPS(test_on[1], linear_fwd, types_run[run], y.on[1], NULL, x.on[1], w.on[1], NULL, CPL_ACT_NONE, s.R, s.N, s.K));
+        assert_ok(CPL_OPS(test_on[1], linear_fwd, types_run[run], y.on[1], x.on[1], w.on[1], NULL, NULL, s.R, s.N, s.K));
         bits[run] = test_twin_read(&y, 1);
         test_twin_free(&y);
     }
@@ -189,7 +198,7 @@ static void check_own(cpl_dtype dt, shape s) {
               bias = test_twin_act(dt, 3, s.N, 1.0f);
     test_twin y = test_twin_new(bytes), pre = test_twin_new(bytes), alone = test_twin_new(bytes), again = test_twin_new(bytes);
     double most = tolerance(dt, s.K + 1, 1.0);
-    assert_ok(CPL_OPS(test_on[0], linear_fwd, dt, y.on[0], pre.on[0], x.on[0], w.on[0], bias.on[0], CPL_ACT_GELU, s.R, s.N, s.K));
+    assert_ok(CPL_OPS(test_on[0], linear_gelu_fwd, dt, y.on[0], pre.on[0], x.on[0], w.on[0], bias.on[0], s.R, s.N, s.K));
     assert_ok(cpl_cuda_product_gelu_fwd(test_on[1], dt, y.on[1], pre.on[1], x.on[1], w.on[1], bias.on[1], s.R, s.N, s.K));
     assert_ok(cpl_cuda_product_gelu_fwd(test_on[1], dt, alone.on[1], NULL, x.on[1], w.on[1], bias.on[1], s.R, s.N, s.K));
     assert_ok(CPL_OPS(test_on[1], gelu_fwd, dt, again.on[1], pre.on[1], s.R * s.N));
@@ -244,10 +253,38 @@ static test_twin ones(int64_t rows, int64_t columns, int64_t most) {
     return test_twin_of(x, (size_t)(rows * columns) * sizeof *x);
 }
 
+/* [rows,columns] of bf16, the first `wide` of each row `bits`, the others 0. */
+static test_twin stripe(int64_t rows, int64_t columns, int64_t wide, uint16_t bits) {
+    uint16_t *x = NULL;
+    assert_ok(cpl_alloc(&x, (size_t)(rows * columns), sizeof *x, "test"));
+    for (int64_t i = 0; i < rows * columns; i++) {
+        x[i] = i % columns < wide ? bits : 0;
+    }
+    return test_twin_of(x, (size_t)(rows * columns) * sizeof *x);
+}
+
+/* In place: -256 + 257 + 2 = 3, and in the first row, where x is 0, -256 + 2. 257 and 259 are no bf16: a product that was rounded
+ * on the way, or timed on y itself, comes to something else; a sum that was rounded before the residual, as cuBLASLt may, to 4. */
+static void large_product_into_its_residual(shape s) {
+    test_twin x = ones(s.R, s.K, 1), w = stripe(s.N, s.K, 257, 0x3f80), bias = stripe(1, s.N, s.N, 0x4000),
+              y = stripe(s.R, s.N, s.N, 0xc380);
+    assert_ok(CPL_OPS(test_on[1], linear_fwd, CPL_BF16, y.on[1], x.on[1], w.on[1], bias.on[1], y.on[1], s.R, s.N, s.K));
+    uint16_t *found = test_twin_read(&y, 1);
+    for (int64_t i = 0; i < s.R * s.N; i++) {
+        assert_true(i < s.N ? found[i] == 0xc37e : found[i] == 0x4040 || found[i] == 0x4080);
+    }
+    cpl_free(&found);
+    test_twin *all[] = {&x, &w, &bias, &y};
+    for (int i = 0; i < 4; i++) {
+        test_twin_free(all[i]);
+    }
+}
+
 /* Large enough that its algorithms are timed side by side, on operands that are in use; whole numbers below 2^24 are exact in any
  * order. */
 static void test_a_large_product_is_exact_whatever_is_chosen(void **state) {
     shape s = {4096, 2048, 1280};
+    large_product_into_its_residual(s);
     test_twin dy = ones(s.R, s.N, 5), x = ones(s.R, s.K, 4), dw = test_twin_new((size_t)(s.N * s.K) * sizeof(float));
     for (int times = 1; times <= 3; times++) { /* overwrites, then accumulates */
         assert_ok(CPL_OPS(test_on[1], linear_bwd_weight, CPL_BF16, dw.on[1], dy.on[1], x.on[1], s.R, s.N, s.K, times == 1));
