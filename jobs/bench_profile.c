@@ -92,6 +92,9 @@ static void work_of(const cpl_bench_trainer *t, const char *op, cpl_bench_row *r
     const cpl_model_shape *s = &t->b->layout->shape;
     double R = (double)(t->b->o->micro_batch * t->b->o->accumulate * s->context), size = (double)cpl_dtype_size(t->b->dt);
     double act = size * R * (double)s->width, norms = 2.0 * (double)s->layers + 1, total = (double)t->b->layout->total;
+    const cpl_stretch *own = t->opt->own; /* the others' gradients of the first are read over links, of the second here */
+    double summed =
+        8.0 * (double)(own[0].last - own[0].first) + 4.0 * (cpl_comm_size(t->b->world) + 1) * (double)(own[1].last - own[1].first);
     double work = t->b->dt == CPL_F32 ? 0 : size, products = cpl_flops_products(s);
     double gelu = 2 * 4 * (double)s->width * (double)s->width * (double)s->layers; /* of the products, those before GELU */
     const struct {
@@ -109,7 +112,7 @@ static void work_of(const cpl_bench_trainer *t, const char *op, cpl_bench_row *r
                  {"embed_bwd", 0, act / size * (size + 8)},
                  {"cross_entropy", 0, 2 * size * R * (double)s->vocab},
                  {"grad_scan", 0, 4 * total},
-                 {"grad_sum", 0, 8 * (double)t->opt->n}, /* and over NVLink 4 for each other rank */
+                 {"grad_sum", 0, summed},
                  {"sum_squares", 0, 4 * (double)t->opt->n},
                  {"adamw", 0, (28 + work) * (double)t->opt->count}};
     for (size_t i = 0; i < sizeof works / sizeof works[0]; i++) {

@@ -87,7 +87,7 @@ static cpl_status save(trainer *r) {
         return CPL_OK;
     }
     snprintf(path, sizeof path, "%s/step-%lld.h5", r->spec->folder, (long long)r->step);
-    CPL_TRY(cpl_agree(r->comm, cpl_optimizer_download(r->opt, r->shard.param, r->shard.m, r->shard.v, &state)));
+    CPL_TRY(cpl_optimizer_download(r->opt, r->shard.param, r->shard.m, r->shard.v, &state));
     CPL_TRY(cpl_store_save(path, r->comm, r->spec->layout, r->spec->key, r->step, &r->shard, &state, r->metrics));
     if (cpl_comm_rank(r->comm) == 0) {
         int keep = r->step == r->spec->steps ? 1 : (int)r->spec->run->keep_checkpoints;
@@ -249,7 +249,7 @@ cpl_status cpl_trainer_run(const cpl_trainer_spec *spec, cpl_training_result *re
     result->resumed_from = r.step;
     r.last_save = cpl_now();
     CPL_TRY(loop(&r, &result->val_loss));
-    CPL_TRY(cpl_agree(r.comm, cpl_optimizer_download(r.opt, r.shard.param, r.shard.m, r.shard.v, &state)));
+    CPL_TRY(cpl_optimizer_download(r.opt, r.shard.param, r.shard.m, r.shard.v, &state));
     result->metrics = r.metrics;
     result->weights = r.shard.param;
     r.metrics = NULL;

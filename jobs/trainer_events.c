@@ -77,19 +77,26 @@ static int group_of(const cpl_param *p) {
     return strstr(p->name, ".attn.") != NULL ? 1 : strstr(p->name, ".mlp.") != NULL ? 2 : 3;
 }
 
-/* Counts of this rank's shard into the device arrays. */
-static cpl_status count_shard(const cpl_optimizer *opt, float factor, int64_t *counts, float *largest) {
+/* Counts of a stretch of the summed gradient into the device arrays. */
+static cpl_status count_stretch(const cpl_optimizer *opt, const cpl_stretch *s, float factor, int64_t *counts, float *largest) {
     cpl_status st = CPL_OK;
-    int64_t end = opt->begin + opt->n;
     for (int64_t i = 0; i < opt->layout->count; i++) {
         const cpl_param *p = &opt->layout->param[i];
-        int64_t from = p->offset > opt->begin ? p->offset : opt->begin;
-        int64_t to = p->offset + cpl_param_count(p) < end ? p->offset + cpl_param_count(p) : end;
+        int64_t from = p->offset > s->first ? p->offset : s->first;
+        int64_t to = p->offset + cpl_param_count(p) < s->last ? p->offset + cpl_param_count(p) : s->last;
         if (from < to) {
             CPL_TRY(
                 CPL_OPS(opt->dev, exponents, counts + group_of(p) * CPL_M_EXPONENTS, largest, opt->grad + from, to - from, factor));
         }
     }
+done:
+    return st;
+}
+
+static cpl_status count_own(const cpl_optimizer *opt, float factor, int64_t *counts, float *largest) {
+    cpl_status st = CPL_OK;
+    CPL_TRY(count_stretch(opt, &opt->own[0], factor, counts, largest));
+    CPL_TRY(count_stretch(opt, &opt->own[1], factor, counts, largest));
 done:
     return st;
 }
@@ -109,7 +116,7 @@ cpl_status cpl_trainer_exponents(cpl_comm *comm, const cpl_optimizer *opt, cpl_m
         local = cpl_device_alloc(opt->dev, &device_largest, 1, sizeof *device_largest, "gradient histogram");
     }
     if (local == CPL_OK) {
-        local = count_shard(opt, (float)(opt->rules.inv_micro_batches / scale), device_counts, device_largest);
+        local = count_own(opt, (float)(opt->rules.inv_micro_batches / scale), device_counts, device_largest);
     }
     if (local == CPL_OK) {
         local = CPL_OPS(opt->dev, download, counts, device_counts, sizeof counts);

@@ -37,6 +37,8 @@ typedef struct {
     cpl_status (*map)(cpl_device *dev, const cpl_shared_name *name, void **out);
     void (*unmap)(cpl_device *dev, void *memory);
     cpl_status (*meet)(cpl_device *dev, const cpl_reach *board, uint32_t *word);
+    cpl_status (*copy_beside)(cpl_device *dev, void *to, const void *from, size_t bytes);
+    cpl_status (*join)(cpl_device *dev);
     cpl_status (*record)(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out);
     cpl_status (*replay)(cpl_device *dev, cpl_graph *graph);
     void (*forget)(cpl_device *dev, cpl_graph *graph);

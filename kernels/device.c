@@ -321,6 +321,16 @@ cpl_status cpl_device_meet(cpl_device *dev, const cpl_reach *board, uint32_t *wo
     return backend->meet == NULL ? unreachable(dev) : backend->meet(dev, board, word);
 }
 
+cpl_status cpl_device_copy_beside(cpl_device *dev, void *to, const void *from, size_t bytes) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->copy_beside == NULL ? unreachable(dev) : backend->copy_beside(dev, to, from, bytes);
+}
+
+cpl_status cpl_device_join(cpl_device *dev) {
+    const cpl_backend *backend = shared_of(dev)->backend;
+    return backend->join == NULL ? unreachable(dev) : backend->join(dev);
+}
+
 cpl_status cpl_device_record(cpl_device *dev, cpl_status (*body)(void *context), void *context, cpl_graph **out) {
     const cpl_backend *backend = shared_of(dev)->backend;
     cpl_trace *trace = dev->trace;

@@ -81,6 +81,12 @@ typedef struct {
     int count, own;           /* ranks (0: none); at[own] is this device's */
 } cpl_reach;
 
+/* Elements [first, last) of the flat gradients, rank r's from grad.at[r] (f32) on; first is a multiple of CPL_SUM_CHUNK. */
+typedef struct {
+    cpl_reach grad;
+    int64_t first, last;
+} cpl_sum_part;
+
 typedef struct cpl_device cpl_device;
 typedef struct {
 #define CPL_OP(name, parameters) cpl_status(*name) parameters;
@@ -187,6 +193,10 @@ void cpl_device_unmap(cpl_device *dev, void *memory);
  * acquire at system scope, PTX ISA, memory consistency model. */
 enum { CPL_BOARD_WORDS = 2 * CPL_REACH_MOST + 1 };
 cpl_status cpl_device_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word);
+/* Enqueues a copy between memory that this device reaches, by a copy engine: after what came before, beside what follows, until
+ * join, behind which all such copies are over. Errors: as above. */
+cpl_status cpl_device_copy_beside(cpl_device *dev, void *to, const void *from, size_t bytes);
+cpl_status cpl_device_join(cpl_device *dev);
 
 /* Graphs: what `body` enqueues, to be enqueued again as one. body must have run once before (it takes its memory then) and may
  * neither wait nor use upload or download. *out NULL: this device records none, and the caller runs body itself. */

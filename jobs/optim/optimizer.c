@@ -1,6 +1,6 @@
 /* The optimizer's flat buffers and the end of a step.
  * Refuses to touch a parameter before all ranks have agreed on overflow. */
-#include "jobs/optim/optimizer.h"
+#include "jobs/optim/internal.h"
 #include <string.h>
 
 enum { UPDATE_SLICES = 4 };
@@ -45,48 +45,49 @@ static cpl_status divide(cpl_optimizer *o, const cpl_training *t) {
     o->begin = o->shard[rank];
     o->n = o->shard[rank + 1] - o->begin;
     o->sharded = t->optimizer == CPL_OPTIMIZER_SHARDED;
-    o->first = o->sharded ? o->begin : 0;
-    o->count = o->sharded ? o->n : o->layout->total;
+    o->own[0] = (cpl_stretch){.first = o->begin, .last = o->shard[rank + 1], .at = o->sharded ? 0 : o->begin};
+    if (cpl_optimizer_reaches(o)) {
+        cpl_reach_divide(o->layout, ranks, rank, o->own);
+    }
+    o->count = o->sharded ? cpl_stretch_count(&o->own[0]) + cpl_stretch_count(&o->own[1]) : o->layout->total;
 done:
     return st;
 }
 
-static cpl_status scan_and_sum(void *to, int64_t first, int64_t last);
+static cpl_status hand_on(void *to, int64_t first, int64_t last);
 
 /* Bytes of the block up to each of its parts, and in all: a multiple of 256 for every part. */
 typedef struct {
-    size_t work, grad, chunk_sums, kinds, bytes;
+    size_t work, grad, chunk_sums, kinds, received, bytes;
 } block_parts;
 
-static block_parts parts_of(const cpl_layout *l, cpl_dtype dt, bool shared) {
-    enum { MULTIPLE = 256 };
+/* sharers: ranks whose devices reach each other's memory, or 1. */
+static block_parts parts_of(const cpl_layout *l, cpl_dtype dt, int sharers) {
+    enum { MULTIPLE = 256, PARTS = 5 };
     size_t total = (size_t)l->total, tensors = (size_t)l->count;
-    const size_t bytes[] = {total * cpl_dtype_size(dt), total * sizeof(float), (size_t)chunks_of(l) * sizeof(double),
-                            (tensors + 1) * sizeof(uint32_t)};
-    size_t at[5] = {0};
-    for (int i = 0; i < 4; i++) {
+    const size_t bytes[PARTS] = {total * cpl_dtype_size(dt), total * sizeof(float), (size_t)chunks_of(l) * sizeof(double),
+                                 (tensors + 1) * sizeof(uint32_t), cpl_reach_received_bytes(l, sharers)};
+    size_t at[PARTS + 1] = {0};
+    for (int i = 0; i < PARTS; i++) {
         at[i + 1] = at[i] + (bytes[i] + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
     }
-    return (block_parts){at[0], at[1], at[2], at[3], shared && at[4] < CPL_SHARED_LEAST ? CPL_SHARED_LEAST : at[4]};
-}
-
-/* Whether gradients are summed, and new weights handed round, from device to device. */
-static bool reaches(const cpl_optimizer *o) {
-    return o->sharded && cpl_comm_reaches(o->comm);
+    bool short_of = sharers > 1 && at[PARTS] < CPL_SHARED_LEAST;
+    return (block_parts){at[0], at[1], at[2], at[3], at[4], short_of ? CPL_SHARED_LEAST : at[PARTS]};
 }
 
 static cpl_status allocate(cpl_optimizer *o, bool masked) {
     cpl_status st = CPL_OK;
     size_t count = (size_t)o->count;
-    block_parts part = parts_of(o->layout, o->dtype, reaches(o));
+    block_parts part = parts_of(o->layout, o->dtype, cpl_optimizer_reaches(o) ? cpl_comm_size(o->comm) : 1);
     CPL_TRY(cpl_device_alloc(o->dev, &o->block, part.bytes, 1, "working weights and gradients"));
     o->work = o->block + part.work;
     o->grad = (float *)(o->block + part.grad);
     o->chunk_sums = (double *)(o->block + part.chunk_sums);
     o->kinds = (uint32_t *)(o->block + part.kinds);
     o->overflow = o->kinds + o->layout->count;
+    o->received = (float *)(o->block + part.received);
     if (o->dtype == CPL_F32) {
-        o->param = (float *)o->work + o->first;
+        o->param = o->work;
     } else {
         CPL_TRY(cpl_device_alloc(o->dev, &o->param, count, sizeof(float), "master weights"));
     }
@@ -100,11 +101,13 @@ done:
     return st;
 }
 
-/* A shard on the host into the same range of a buffer that holds [first, first+count), the other ranks' shards with it where it is
- * replicated. */
+/* Shards on the hosts into a buffer that holds what is updated here. */
 static cpl_status place(cpl_optimizer *o, void *buffer, const void *host, size_t element) {
     cpl_status st = CPL_OK;
-    char *to = (char *)buffer + (size_t)(o->begin - o->first) * element;
+    if (cpl_optimizer_reaches(o)) {
+        return cpl_reach_scatter(o, buffer, host, element);
+    }
+    char *to = cpl_stretch_in(o, buffer, &o->own[0], element);
     cpl_status local = o->n == 0 ? CPL_OK : CPL_OPS(o->dev, upload, to, host, (size_t)o->n * element);
     CPL_TRY(cpl_agree(o->comm, local));
     if (!o->sharded) {
@@ -114,13 +117,23 @@ done:
     return st;
 }
 
-/* work from the master weights: own shard cast, then gathered. */
+static cpl_status cast_own(cpl_optimizer *o) {
+    cpl_status st = CPL_OK;
+    for (int p = 0; p < 2 && o->dtype != CPL_F32; p++) {
+        const cpl_stretch *own = &o->own[p];
+        char *work = cpl_stretch_in(o, o->work, own, cpl_dtype_size(o->dtype));
+        CPL_TRY(CPL_OPS(o->dev, cast_from_f32, o->dtype, work, o->param + own->at, cpl_stretch_count(own)));
+    }
+done:
+    return st;
+}
+
+/* work from the master weights: what is this rank's cast, then handed round. */
 static cpl_status spread_weights(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    if (o->dtype != CPL_F32) {
-        char *own = (char *)o->work + (size_t)o->begin * cpl_dtype_size(o->dtype);
-        cpl_status local = CPL_OPS(o->dev, cast_from_f32, o->dtype, own, o->param + (o->begin - o->first), o->n);
-        CPL_TRY(cpl_agree(o->comm, local));
+    CPL_TRY(cpl_agree(o->comm, cast_own(o)));
+    if (cpl_optimizer_reaches(o)) {
+        return cpl_reach_weights(o);
     }
     CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard));
 done:
@@ -139,7 +152,7 @@ cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device 
         o->dtype = cpl_dtype_storage(cpl_precision_dtype(t->precision));
         o->weight_decay = (float)t->weight_decay;
         o->rules = cpl_step_rules_of(t, t->global_batch / t->micro_batch);
-        o->ready = (cpl_grad_ready){scan_and_sum, o};
+        o->ready = (cpl_grad_ready){hand_on, o};
         local = divide(o, t);
     }
     if (local == CPL_OK) {
@@ -152,7 +165,7 @@ cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device 
         cpl_reduction_begin(&o->reduction, comm, dev, o->grad, o->shard, t->reduction == CPL_REDUCTION_TREE);
     }
     CPL_TRY(cpl_agree(comm, local));
-    if (reaches(o)) {
+    if (cpl_optimizer_reaches(o)) {
         CPL_TRY(cpl_comm_share(comm, dev, o->block, &o->shared));
     }
     cpl_step_state state = {.loss_scale = first_scale(t), .hysteresis_left = (int32_t)t->hysteresis};
@@ -192,15 +205,19 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
 int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl) {
     int64_t each = (chunks_of(layout) + ranks - 1) / ranks * CPL_SUM_CHUNK; /* as cpl_layout_shards */
     int64_t begin = 0, end = layout->total, longest = each < end ? each : end;
-    if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
+    bool sharded = t->optimizer == CPL_OPTIMIZER_SHARDED, shares = sharded && nccl && ranks > 1 && ranks <= CPL_REACH_MOST;
+    cpl_stretch own[2];
+    cpl_reach_divide(layout, ranks, rank, own);
+    if (sharded) {
         begin = each * rank < end ? each * rank : end;
         end = each * (rank + 1) < end ? each * (rank + 1) : end;
     }
-    int64_t count = end - begin, element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
+    int64_t count = shares ? cpl_stretch_count(&own[0]) + cpl_stretch_count(&own[1]) : end - begin,
+            element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));
     int64_t master = element == 4 ? 0 : 4; /* the working weights are the master weights where they are f32 */
-    int64_t block = (int64_t)parts_of(layout, cpl_dtype_storage(cpl_precision_dtype(t->precision)), nccl && ranks > 1).bytes;
+    int64_t block = (int64_t)parts_of(layout, cpl_dtype_storage(cpl_precision_dtype(t->precision)), shares ? ranks : 1).bytes;
     return block + count * (master + 8 + masked) + (int64_t)sizeof(cpl_step_state) +
-           (nccl ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
+           (nccl && !shares ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
 }
 
 /* --- the step --- */
@@ -215,11 +232,6 @@ static bool scan_makes_sums(const cpl_optimizer *o) {
     return cpl_comm_size(o->comm) == 1 && !cpl_comm_overlaps(o->comm);
 }
 
-/* A part of the block, of all ranks. */
-static cpl_reach part_of(const cpl_optimizer *o, const void *part) {
-    return cpl_reach_at(&o->shared, (size_t)((const char *)part - o->block));
-}
-
 /* This rank's own gradient of tensors [first, last): the sum over ranks would change it. */
 static cpl_status scan_range(cpl_optimizer *o, int64_t first, int64_t last) {
     double *chunk_sums = scan_makes_sums(o) ? o->chunk_sums : NULL; /* then the range is everything */
@@ -230,42 +242,48 @@ static cpl_status scan_range(cpl_optimizer *o, int64_t first, int64_t last) {
     return CPL_OPS(o->dev, grad_scan, o->kinds + first, o->overflow, chunk_sums, o->grad + begin[first], o->relative, last - first);
 }
 
-/* This rank's part of all gradients, out of the memory of all. */
-static cpl_status sum_by_reach(cpl_optimizer *o) {
-    cpl_status st = CPL_OK;
-    const cpl_reach grad = part_of(o, o->grad), kinds = part_of(o, o->kinds), chunk_sums = part_of(o, o->chunk_sums);
-    CPL_TRY(cpl_comm_meet(o->comm, NULL)); /* all gradients are final, all kinds cleared */
-    CPL_TRY(CPL_OPS(o->dev, grad_sum, &grad, &kinds, &chunk_sums, o->overflow, o->layout->begin, o->layout->count, o->begin,
-                    o->begin + o->n));
-done:
-    return st;
-}
-
-static cpl_status scan_and_sum(void *to, int64_t first, int64_t last) {
+/* The gradients of tensors [first, last) are final. */
+static cpl_status hand_on(void *to, int64_t first, int64_t last) {
     cpl_status st = CPL_OK;
     cpl_optimizer *o = to;
+    if (cpl_optimizer_reaches(o)) {
+        return cpl_reach_send(o, o->layout->begin[first], o->layout->begin[last]);
+    }
     CPL_TRY(scan_range(o, first, last));
     CPL_TRY(cpl_reduction_add(&o->reduction, o->layout->begin[first], o->layout->begin[last]));
 done:
     return st;
 }
 
-bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
+/* Range by range, as the backward pass announces them. */
+static bool sums_early(const cpl_optimizer *o) {
     return cpl_comm_sums_early(o->comm) && !o->reduction.exact;
 }
 
+bool cpl_optimizer_overlaps(const cpl_optimizer *o) {
+    return cpl_optimizer_reaches(o) || sums_early(o);
+}
+
+static cpl_status clear_kinds(cpl_optimizer *o) {
+    return CPL_OPS(o->dev, zero, o->kinds, (size_t)(o->layout->count + 1) * sizeof *o->kinds); /* overflow too */
+}
+
 cpl_status cpl_optimizer_overlap(cpl_optimizer *o, const cpl_grad_ready **ready) {
-    sum_anew(o);
     *ready = &o->ready;
+    o->sent = cpl_optimizer_reaches(o);
+    if (o->sent) {
+        return clear_kinds(o);
+    }
+    sum_anew(o);
     return CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow);
 }
 
 /* By the same ranges where another run overlaps: what a graph uses must have been used before. */
 cpl_status cpl_optimizer_scan(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    int64_t ranges = cpl_optimizer_overlaps(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
-    if (reaches(o)) {
-        return CPL_OPS(o->dev, zero, o->kinds, (size_t)(o->layout->count + 1) * sizeof *o->kinds); /* overflow too */
+    int64_t ranges = sums_early(o) ? cpl_layout_ranges(o->layout) : 1, first = 0, last = o->layout->count;
+    if (cpl_optimizer_reaches(o)) {
+        return clear_kinds(o);
     }
     sum_anew(o);
     CPL_TRY(CPL_OPS(o->dev, zero, o->overflow, sizeof *o->overflow));
@@ -284,7 +302,7 @@ done:
 static cpl_status sum_over_ranks(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int64_t first = 0, last = 0;
-    if (!cpl_optimizer_overlaps(o)) {
+    if (!sums_early(o)) {
         CPL_TRY(cpl_reduction_add(&o->reduction, 0, o->layout->total));
     }
     for (int64_t k = 0; o->reduction.covered < o->layout->total && k < cpl_layout_ranges(o->layout); k++) {
@@ -296,20 +314,22 @@ done:
     return st;
 }
 
-/* AdamW over [first, last), a part of what is updated here: decayed tensors come first in the flat order. */
-static cpl_status update(cpl_optimizer *o, int64_t first, int64_t last) {
+/* AdamW over a stretch of what is updated here: decayed tensors come first in the flat order. */
+static cpl_status update(cpl_optimizer *o, const cpl_stretch *s) {
     cpl_status st = CPL_OK;
-    int64_t middle = o->layout->decayed_end < first ? first : o->layout->decayed_end > last ? last : o->layout->decayed_end;
-    const int64_t from[3] = {first, middle, last};
+    int64_t end = o->layout->decayed_end, middle = end < s->first ? s->first : end > s->last ? s->last : end;
+    const int64_t from[3] = {s->first, middle, s->last};
     for (int part = 0; part < 2; part++) {
-        int64_t at = from[part] - o->first, n = from[part + 1] - from[part];
-        if (n == 0) {
+        const cpl_stretch some = {from[part], from[part + 1], s->at + (from[part] - s->first)};
+        if (cpl_stretch_count(&some) == 0) {
             continue;
         }
-        char *work = (char *)o->work + (size_t)from[part] * cpl_dtype_size(o->dtype);
-        const cpl_reach everywhere = part_of(o, work);
-        CPL_TRY(CPL_OPS(o->dev, adamw, o->dtype, o->param + at, work, &everywhere, o->m + at, o->v + at, o->grad + from[part],
-                        o->mask == NULL ? NULL : o->mask + at, n, part == 0 ? o->weight_decay : 0, o->state, &o->rules));
+        char *work = cpl_stretch_in(o, o->work, &some, cpl_dtype_size(o->dtype));
+        float *param = (float *)cpl_stretch_in(o, o->param, &some, sizeof *param);
+        const cpl_reach everywhere = cpl_reach_part(o, work);
+        CPL_TRY(CPL_OPS(o->dev, adamw, o->dtype, param, work, &everywhere, o->m + some.at, o->v + some.at, o->grad + some.first,
+                        o->mask == NULL ? NULL : o->mask + some.at, cpl_stretch_count(&some), part == 0 ? o->weight_decay : 0,
+                        o->state, &o->rules));
     }
 done:
     return st;
@@ -318,15 +338,17 @@ done:
 /* ZeRO-1: the own shard in slices, each handed round while the next is updated. The largest shard is rank 0's. */
 static cpl_status update_and_hand_round(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    if (reaches(o)) {
-        CPL_TRY(update(o, o->begin, o->begin + o->n));
+    if (cpl_optimizer_reaches(o)) {
+        CPL_TRY(update(o, &o->own[0]));
+        CPL_TRY(update(o, &o->own[1]));
         return cpl_comm_meet(o->comm, NULL); /* all have all weights */
     }
     int slices = cpl_comm_overlaps(o->comm) && o->shard[1] - o->shard[0] >= UPDATE_SLICES * CPL_BUCKET ? UPDATE_SLICES : 1;
     for (int k = 0; k < slices; k++) {
-        int64_t first = 0, last = 0;
-        cpl_comm_slice(o->begin, o->begin + o->n, k, slices, &first, &last);
-        CPL_TRY(cpl_agree(o->comm, update(o, first, last)));
+        cpl_stretch slice = {0};
+        cpl_comm_slice(o->begin, o->begin + o->n, k, slices, &slice.first, &slice.last);
+        slice.at = slice.first - o->begin;
+        CPL_TRY(cpl_agree(o->comm, update(o, &slice)));
         CPL_TRY(cpl_comm_allgather_slice(o->comm, o->dev, o->work, cpl_dtype_size(o->dtype), o->shard, k, slices));
     }
 done:
@@ -339,7 +361,7 @@ cpl_status cpl_optimizer_decide(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
     int rank = cpl_comm_rank(o->comm);
     CPL_TRY(cpl_comm_or_flag(o->comm, o->dev, o->overflow)); /* by reach all chunk_sums are here then */
-    if (!scan_makes_sums(o) && !reaches(o)) {
+    if (!scan_makes_sums(o) && !cpl_optimizer_reaches(o)) {
         CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, sum_squares, o->chunk_sums + o->chunk[rank], o->grad + o->begin, o->n)));
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->chunk_sums, sizeof(double), o->chunk));
     }
@@ -354,7 +376,7 @@ cpl_status cpl_optimizer_feed_lr(cpl_optimizer *o, const float *lr) {
 
 static cpl_status end_of_step(cpl_optimizer *o) {
     cpl_status st = CPL_OK;
-    CPL_TRY(reaches(o) ? sum_by_reach(o) : sum_over_ranks(o));
+    CPL_TRY(cpl_optimizer_reaches(o) ? cpl_reach_sum(o) : sum_over_ranks(o));
     if (!o->sharded) {
         CPL_TRY(cpl_comm_allgather(o->comm, o->dev, o->grad, sizeof(float), o->shard));
     }
@@ -362,7 +384,7 @@ static cpl_status end_of_step(cpl_optimizer *o) {
     if (o->sharded) {
         CPL_TRY(update_and_hand_round(o));
     } else {
-        CPL_TRY(cpl_agree(o->comm, update(o, o->first, o->first + o->count)));
+        CPL_TRY(cpl_agree(o->comm, update(o, &(cpl_stretch){.first = 0, .last = o->layout->total})));
     }
 done:
     return st;
@@ -371,19 +393,24 @@ done:
 /* Where devices meet, one that does not come leaves the others waiting. */
 cpl_status cpl_optimizer_step(cpl_optimizer *o) {
     cpl_status st = end_of_step(o);
-    return reaches(o) ? cpl_comm_enqueued(o->comm, st, "end of a training step") : st;
+    return cpl_optimizer_reaches(o) ? cpl_comm_enqueued(o->comm, st, "end of a training step") : st;
+}
+
+/* This rank's shard of a buffer that holds what is updated here. */
+static cpl_status take_shard(cpl_optimizer *o, float *host, float *buffer) {
+    if (cpl_optimizer_reaches(o)) {
+        return cpl_reach_gather(o, host, buffer, sizeof *host);
+    }
+    const char *from = cpl_stretch_in(o, buffer, &o->own[0], sizeof *host);
+    return cpl_agree(o->comm, o->n == 0 ? CPL_OK : CPL_OPS(o->dev, download, host, from, (size_t)o->n * sizeof *host));
 }
 
 cpl_status cpl_optimizer_download(cpl_optimizer *o, float *param, float *m, float *v, cpl_step_state *state) {
     cpl_status st = CPL_OK;
-    int64_t at = o->begin - o->first;
-    size_t bytes = (size_t)o->n * sizeof(float);
-    CPL_TRY(CPL_OPS(o->dev, download, state, o->state, sizeof *state));
-    if (bytes > 0) {
-        CPL_TRY(CPL_OPS(o->dev, download, param, o->param + at, bytes));
-        CPL_TRY(CPL_OPS(o->dev, download, m, o->m + at, bytes));
-        CPL_TRY(CPL_OPS(o->dev, download, v, o->v + at, bytes));
-    }
+    CPL_TRY(cpl_agree(o->comm, CPL_OPS(o->dev, download, state, o->state, sizeof *state)));
+    CPL_TRY(take_shard(o, param, o->param));
+    CPL_TRY(take_shard(o, m, o->m));
+    CPL_TRY(take_shard(o, v, o->v));
 done:
     return st;
 }

@@ -49,13 +49,13 @@ cpl_status CPL_CPU(grad_scan)(cpl_device *dev, uint32_t *kinds, uint32_t *any, d
     return chunk_sums == NULL ? CPL_OK : CPL_CPU(sum_squares)(dev, chunk_sums, grad + begin[0], begin[tensors] - begin[0]);
 }
 
-/* Kinds of what elements [first, last) hold of each tensor. */
+/* Kinds of what elements [first, last), from grad on, hold of each tensor. */
 static uint32_t scan_part(uint32_t *kinds, const float *grad, const int64_t *begin, int64_t tensors, int64_t first, int64_t last) {
     uint32_t found_any = 0;
     for (int64_t t = 0; t < tensors; t++) {
         int64_t from = begin[t] < first ? first : begin[t], to = begin[t + 1] < last ? begin[t + 1] : last;
-        if (from < to && largest_key(grad + from, to - from) >= 0x7f800000) {
-            uint32_t found = kinds_in(grad + from, to - from);
+        if (from < to && largest_key(grad + (from - first), to - from) >= 0x7f800000) {
+            uint32_t found = kinds_in(grad + (from - first), to - from);
             found_any |= found;
             kinds[t] |= found;
         }
@@ -71,21 +71,30 @@ static float tree_of(const cpl_reach *grad, int low, int high, int64_t i) {
     return tree_of(grad, low, middle, i) + tree_of(grad, middle, high, i);
 }
 
-/* Ranks on the CPU do not reach each other: this is what a GPU's is compared with. */
-cpl_status CPL_CPU(grad_sum)(cpl_device *dev, const cpl_reach *grad, const cpl_reach *kinds, const cpl_reach *chunk_sums,
-                             uint32_t *any, const int64_t *begin, int64_t tensors, int64_t first, int64_t last) {
+static void sum_part(const cpl_sum_part *part, const cpl_reach *kinds, const cpl_reach *chunk_sums, uint32_t *any,
+                     const int64_t *begin, int64_t tensors) {
+    const cpl_reach *grad = &part->grad;
     float *own = grad->at[grad->own];
-    for (int r = 0; r < grad->count; r++) {
-        *any |= scan_part(kinds->at[r], grad->at[r], begin, tensors, first, last);
+    int64_t n = part->last - part->first;
+    for (int r = 0; r < kinds->count && n > 0; r++) {
+        *any |= scan_part(kinds->at[r], grad->at[r], begin, tensors, part->first, part->last);
     }
-    for (int64_t i = first; i < last; i++) {
-        own[i] = tree_of(grad, 0, grad->count, i);
+    for (int64_t i = 0; i < n; i++) {
+        own[i] = tree_of(grad, 0, kinds->count, i);
     }
-    for (int64_t at = first; at < last; at += CPL_SUM_CHUNK) {
-        double sum = cpl_chunk_square(own + at, cpl_min_i64(last - at, CPL_SUM_CHUNK));
-        for (int r = 0; r < grad->count; r++) {
-            ((double *)chunk_sums->at[r])[at / CPL_SUM_CHUNK] = sum;
+    for (int64_t at = 0; at < n; at += CPL_SUM_CHUNK) {
+        double sum = cpl_chunk_square(own + at, cpl_min_i64(n - at, CPL_SUM_CHUNK));
+        for (int r = 0; r < kinds->count; r++) {
+            ((double *)chunk_sums->at[r])[(part->first + at) / CPL_SUM_CHUNK] = sum;
         }
+    }
+}
+
+/* Ranks on the CPU do not reach each other: this is what a GPU's is compared with. */
+cpl_status CPL_CPU(grad_sum)(cpl_device *dev, const cpl_sum_part *part, const cpl_reach *kinds, const cpl_reach *chunk_sums,
+                             uint32_t *any, const int64_t *begin, int64_t tensors) {
+    for (int p = 0; p < 2; p++) {
+        sum_part(&part[p], kinds, chunk_sums, any, begin, tensors);
     }
     return CPL_OK;
 }

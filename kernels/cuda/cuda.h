@@ -45,6 +45,9 @@ typedef struct {
     bool blocking;                     /* CUDA_LAUNCH_BLOCKING: every operation is waited for, so that an error names it */
     bool recording;
     cudaStream_t stream;                   /* owned: all operations, in order */
+    cudaStream_t beside;                   /* owned: copies of cpl_cuda_copy_beside, or NULL: none yet */
+    cudaEvent_t fork, joined;              /* owned, with it */
+    bool copies;                           /* not joined */
     int graphs;                            /* recorded and not forgotten */
     void *scratch[CPL_CUDA_SCRATCH_COUNT]; /* as all device memory here: of cpl_device_alloc */
     size_t scratch_bytes[CPL_CUDA_SCRATCH_COUNT];
@@ -105,6 +108,9 @@ cpl_status cpl_cuda_share(cpl_device *dev, const void *memory, cpl_shared_name *
 cpl_status cpl_cuda_map(cpl_device *dev, const cpl_shared_name *name, void **out);
 void cpl_cuda_unmap(cpl_device *dev, void *memory);
 cpl_status cpl_cuda_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word);
+cpl_status cpl_cuda_copy_beside(cpl_device *dev, void *to, const void *from, size_t bytes);
+cpl_status cpl_cuda_join(cpl_device *dev);
+void cpl_cuda_beside_free(cpl_cuda *cuda);
 
 cpl_status cpl_cuda_linear_open(cpl_device *dev);
 void cpl_cuda_linear_close(cpl_device *dev);

@@ -225,6 +225,7 @@ static void close_device(cpl_device *dev) {
         cpl_free(&cuda->table[i].host);
     }
     cpl_cuda_marks_free(cuda);
+    cpl_cuda_beside_free(cuda);
     if (cuda->stream != NULL) {
         cudaStreamDestroy(cuda->stream);
     }
@@ -316,6 +317,8 @@ const cpl_backend cpl_cuda_backend = {.kind = "cuda",
                                       .map = cpl_cuda_map,
                                       .unmap = cpl_cuda_unmap,
                                       .meet = cpl_cuda_meet,
+                                      .copy_beside = cpl_cuda_copy_beside,
+                                      .join = cpl_cuda_join,
                                       .record = cpl_cuda_record,
                                       .replay = cpl_cuda_replay,
                                       .forget = cpl_cuda_forget,

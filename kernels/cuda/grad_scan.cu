@@ -21,15 +21,15 @@ __device__ int64_t tensor_of(const int64_t *begin, int64_t tensors, int64_t i) {
     return low;
 }
 
-/* Elements [first, last), one of which is not finite, to the tensors they are in; a block, one atomic a tensor. kinds may be
- * another device's, which writes there too. */
+/* Elements [first, last), which begin at grad and one of which is not finite, to the tensors they are in; a block, one atomic a
+ * tensor. kinds may be another device's, which writes there too. */
 __device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin, int64_t tensors,
                                        int64_t first, int64_t last) {
     for (int64_t t = tensor_of(begin, tensors, first); t < tensors && begin[t] < last; t++) {
         int64_t from = begin[t] < first ? first : begin[t], to = begin[t + 1] < last ? begin[t + 1] : last;
         bool inf = false, nan = false;
         for (int64_t i = from + threadIdx.x; i < to; i += THREADS) {
-            uint32_t key = key_of(grad[i]);
+            uint32_t key = key_of(grad[i - first]);
             inf |= key == CPL_KEY_INF;
             nan |= key > CPL_KEY_INF;
         }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
     if (__syncthreads_or(largest >= CPL_KEY_INF)) {
-        attribute(kinds, any, grad, begin, tensors, first, last);
+        attribute(kinds, any, grad + first, begin, tensors, first, last);
     }
 }
 
@@ -113,32 +113,42 @@ template <int LOW, int HIGH> __device__ __forceinline__ void tree_sum(packed<flo
 }
 
 template <int RANKS> struct gradients {
-    float *grad[RANKS], *own;
+    float *grad[2][RANKS], *own[2]; /* of both stretches */
+    int64_t first[2], last[2];
     uint32_t *kinds[RANKS];
     double *chunk_sums[RANKS];
 };
 
-/* A block a chunk of [origin, end). The sums wait in registers until all contributions have been looked at, for the own one is
+/* A block a chunk of one of the two stretches, `ahead` of them the first one's; these are spread evenly over all, so that links and
+ * memory work at the same time. The sums wait in registers until all contributions have been looked at, for the own one may be
  * where they go. */
 template <int RANKS>
-__global__ void __launch_bounds__(THREADS) sum_kernel(const gradients<RANKS> g, uint32_t *any, const int64_t *begin,
-                                                      int64_t tensors, int64_t origin, int64_t end, bool wide) {
+__global__ void __launch_bounds__(THREADS)
+    sum_kernel(const gradients<RANKS> g, uint32_t *any, const int64_t *begin, int64_t tensors, int64_t ahead, bool wide) {
     constexpr int PACKS = CPL_SUM_CHUNK / (4 * THREADS);
     __shared__ double shared[32];
-    int64_t first = origin + blockIdx.x * (int64_t)CPL_SUM_CHUNK, last = first + CPL_SUM_CHUNK < end ? first + CPL_SUM_CHUNK : end;
-    bool whole = wide && last - first == CPL_SUM_CHUNK;
+    int64_t before = blockIdx.x * ahead / gridDim.x;
+    int part = (blockIdx.x + (int64_t)1) * ahead / gridDim.x > before ? 0 : 1;
+    int64_t at_chunk = (part == 0 ? before : blockIdx.x - before) * CPL_SUM_CHUNK, first = g.first[part] + at_chunk;
+    int count = (int)min(g.last[part] - first, (int64_t)CPL_SUM_CHUNK);
+    bool whole = wide && count == CPL_SUM_CHUNK;
+    const float *grad[RANKS];
+#pragma unroll
+    for (int r = 0; r < RANKS; r++) {
+        grad[r] = g.grad[part][r] + at_chunk;
+    }
     packed<float, 4> v[PACKS][RANKS];
     uint32_t largest = 0;
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
-        int64_t at = first + (k * THREADS + threadIdx.x) * 4;
+        int at = (k * THREADS + (int)threadIdx.x) * 4;
 #pragma unroll
         for (int r = 0; r < RANKS; r++) {
             if (whole) {
-                v[k][r] = load<float, 4>(g.grad[r] + at);
+                v[k][r] = load<float, 4>(grad[r] + at);
             } else {
                 for (int j = 0; j < 4; j++) {
-                    v[k][r].at[j] = at + j < last ? g.grad[r][at + j] : 0.0f;
+                    v[k][r].at[j] = at + j < count ? grad[r][at + j] : 0.0f;
                 }
             }
         }
@@ -156,50 +166,59 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(const gradients<RANKS> g, 
     }
     if (__syncthreads_or(largest >= CPL_KEY_INF)) {
         for (int r = 0; r < RANKS; r++) {
-            attribute(g.kinds[r], any, g.grad[r], begin, tensors, first, last);
+            attribute(g.kinds[r], any, g.grad[part][r] + at_chunk, begin, tensors, first, first + count);
         }
         __syncthreads();
     }
+    float *own = g.own[part] + at_chunk;
     double sum = 0;
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
-        int64_t at = first + (k * THREADS + threadIdx.x) * 4;
+        int at = (k * THREADS + (int)threadIdx.x) * 4;
         if (whole) {
-            store(g.own + at, v[k][0]);
+            store(own + at, v[k][0]);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            if (!whole && at + j < last) {
-                g.own[at + j] = v[k][0].at[j];
+            if (!whole && at + j < count) {
+                own[at + j] = v[k][0].at[j];
             }
             sum = chunk_term<true>(sum, v[k][0].at[j]);
         }
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x < RANKS) {
-        g.chunk_sums[threadIdx.x][blockIdx.x] = sum;
+        g.chunk_sums[threadIdx.x][first / CPL_SUM_CHUNK] = sum;
     }
 }
 
 template <int RANKS>
-cpl_status launch_sum(cpl_device *dev, const cpl_reach *grad, const cpl_reach *kinds, const cpl_reach *chunk_sums, uint32_t *any,
-                      const int64_t *table, int64_t tensors, int64_t first, int64_t last) {
+cpl_status launch_sum(cpl_device *dev, const cpl_sum_part *part, const cpl_reach *kinds, const cpl_reach *chunk_sums, uint32_t *any,
+                      const int64_t *table, int64_t tensors) {
     if constexpr (RANKS > CPL_REACH_MOST) {
-        return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "grad_sum over %d ranks", grad->count);
-    } else if (grad->count != RANKS) {
-        return launch_sum<RANKS + 1>(dev, grad, kinds, chunk_sums, any, table, tensors, first, last);
+        return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "grad_sum over %d ranks", kinds->count);
+    } else if (kinds->count != RANKS) {
+        return launch_sum<RANKS + 1>(dev, part, kinds, chunk_sums, any, table, tensors);
     } else {
         gradients<RANKS> g;
         bool wide = true;
-        g.own = (float *)grad->at[grad->own];
-        for (int r = 0; r < RANKS; r++) {
-            g.grad[r] = (float *)grad->at[r];
-            g.kinds[r] = (uint32_t *)kinds->at[r];
-            g.chunk_sums[r] = (double *)chunk_sums->at[r] + first / CPL_SUM_CHUNK;
-            wide = wide && aligned16(g.grad[r]);
+        int64_t chunks[2];
+        for (int p = 0; p < 2; p++) {
+            g.own[p] = (float *)part[p].grad.at[part[p].grad.own];
+            g.first[p] = part[p].first;
+            g.last[p] = part[p].last;
+            chunks[p] = cpl_ceil_div(part[p].last - part[p].first, CPL_SUM_CHUNK);
+            for (int r = 0; r < RANKS; r++) {
+                g.grad[p][r] = (float *)part[p].grad.at[r];
+                wide = wide && (chunks[p] == 0 || aligned16(g.grad[p][r]));
+            }
         }
-        sum_kernel<RANKS><<<(unsigned)cpl_ceil_div(last - first, CPL_SUM_CHUNK), THREADS, 0, cpl_cuda_stream(dev)>>>(
-            g, any, table, tensors, first, last, wide);
+        for (int r = 0; r < RANKS; r++) {
+            g.kinds[r] = (uint32_t *)kinds->at[r];
+            g.chunk_sums[r] = (double *)chunk_sums->at[r];
+        }
+        sum_kernel<RANKS>
+            <<<(unsigned)(chunks[0] + chunks[1]), THREADS, 0, cpl_cuda_stream(dev)>>>(g, any, table, tensors, chunks[0], wide);
         return cpl_cuda_launched(dev, "grad_sum");
     }
 }
@@ -286,15 +305,14 @@ extern "C" cpl_status CPL_CUDA(grad_scan)(cpl_device *dev, uint32_t *kinds, uint
     return cpl_cuda_launched(dev, "grad_scan");
 }
 
-extern "C" cpl_status CPL_CUDA(grad_sum)(cpl_device *dev, const cpl_reach *grad, const cpl_reach *kinds,
-                                         const cpl_reach *chunk_sums, uint32_t *any, const int64_t *begin, int64_t tensors,
-                                         int64_t first, int64_t last) {
+extern "C" cpl_status CPL_CUDA(grad_sum)(cpl_device *dev, const cpl_sum_part *part, const cpl_reach *kinds,
+                                         const cpl_reach *chunk_sums, uint32_t *any, const int64_t *begin, int64_t tensors) {
     const void *table = NULL;
-    if (first == last) {
+    if (part[0].first == part[0].last && part[1].first == part[1].last) {
         return CPL_OK;
     }
     cpl_status st = cpl_cuda_constant(dev, begin, ((size_t)tensors + 1) * sizeof *begin, &table);
-    return st != CPL_OK ? st : launch_sum<1>(dev, grad, kinds, chunk_sums, any, (const int64_t *)table, tensors, first, last);
+    return st != CPL_OK ? st : launch_sum<1>(dev, part, kinds, chunk_sums, any, (const int64_t *)table, tensors);
 }
 
 extern "C" cpl_status CPL_CUDA(sum_squares)(cpl_device *dev, double *chunk_sums, const float *x, int64_t n) {

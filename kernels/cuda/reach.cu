@@ -1,4 +1,4 @@
-/* Memory that several processes' GPUs share, and how their devices wait for each other without a host.
+/* Memory that several processes' GPUs share, how their devices wait for each other without a host, and copies beside all else.
  * Refuses GPUs that cannot change each other's memory atomically: then sums of what is not finite would be lost. */
 #include "kernels/cuda/device.cuh"
 
@@ -77,4 +77,52 @@ extern "C" void cpl_cuda_unmap(cpl_device *dev, void *memory) {
     cudaStreamSynchronize(cpl_cuda_stream(dev));
     (void)cudaIpcCloseMemHandle(memory); /* the address is not used again */
     (void)cudaGetLastError();
+}
+
+/* Made at the first copy: no graph is recorded then that needs it. */
+static cpl_status make_beside(cpl_cuda *cuda) {
+    cpl_status st = CPL_OK;
+    if (cuda->beside == NULL) {
+        CPL_CUDA_TRY("make an event", cudaEventCreateWithFlags(&cuda->fork, cudaEventDisableTiming));
+        CPL_CUDA_TRY("make an event", cudaEventCreateWithFlags(&cuda->joined, cudaEventDisableTiming));
+        CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->beside, cudaStreamNonBlocking));
+    }
+done:
+    return st;
+}
+
+extern "C" cpl_status cpl_cuda_copy_beside(cpl_device *dev, void *to, const void *from, size_t bytes) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    CPL_TRY(make_beside(cuda));
+    CPL_CUDA_TRY("order a copy", cudaEventRecord(cuda->fork, cuda->stream));
+    CPL_CUDA_TRY("order a copy", cudaStreamWaitEvent(cuda->beside, cuda->fork, 0));
+    CPL_CUDA_TRY("copy beside other work", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda->beside));
+    cuda->copies = true;
+done:
+    return st;
+}
+
+extern "C" cpl_status cpl_cuda_join(cpl_device *dev) {
+    cpl_status st = CPL_OK;
+    cpl_cuda *cuda = cpl_cuda_of(dev);
+    if (cuda->copies) {
+        cuda->copies = false;
+        CPL_CUDA_TRY("wait for copies", cudaEventRecord(cuda->joined, cuda->beside));
+        CPL_CUDA_TRY("wait for copies", cudaStreamWaitEvent(cuda->stream, cuda->joined, 0));
+    }
+done:
+    return st;
+}
+
+extern "C" void cpl_cuda_beside_free(cpl_cuda *cuda) {
+    if (cuda->beside != NULL) {
+        cudaStreamDestroy(cuda->beside);
+    }
+    if (cuda->joined != NULL) {
+        cudaEventDestroy(cuda->joined);
+    }
+    if (cuda->fork != NULL) {
+        cudaEventDestroy(cuda->fork);
+    }
 }

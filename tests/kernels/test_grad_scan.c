@@ -105,11 +105,12 @@ static float tree_of(float *const *x, int low, int high, int64_t i) {
     return left + right;
 }
 
-/* All ranks' parts one after another, on one device; from an address that is a multiple of 16 bytes, or not. */
+/* All ranks' parts one after another, on one device, in two stretches each, the later one with the other ranks' gradients in
+ * buffers of their own; from an address that is a multiple of 16 bytes, or not. */
 static void sums_over(cpl_device *dev, int ranks, int shift) {
     enum { CHUNKS = (N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK };
-    cpl_reach grad = {.count = ranks}, kinds = {.count = ranks}, sums = {.count = ranks};
-    float *x[CPL_REACH_MOST], *kept[CPL_REACH_MOST], *want = test_array(N, sizeof *want);
+    cpl_reach kinds = {.count = ranks}, sums = {.count = ranks};
+    float *x[CPL_REACH_MOST], *kept[CPL_REACH_MOST], *apart[CPL_REACH_MOST], *want = test_array(N, sizeof *want);
     uint32_t *any = test_array(ranks, sizeof *any), want_kinds[TENSORS], want_any = 0, seen = 0;
     double *want_sums = test_array(CHUNKS, sizeof *want_sums);
     for (int r = 0; r < ranks; r++) {
@@ -117,14 +118,22 @@ static void sums_over(cpl_device *dev, int ranks, int shift) {
         x[r][shift + (r * 9973 + 150) % N] = r % 2 ? NAN : -INFINITY;
         kept[r] = test_array(N, sizeof *kept[r]);
         memcpy(kept[r], x[r] + shift, N * sizeof *want);
-        grad.at[r] = x[r] + shift;
+        apart[r] = test_array(N, sizeof *apart[r]);
+        memcpy(apart[r], kept[r], N * sizeof *want);
         kinds.at[r] = test_array(TENSORS, sizeof(uint32_t));
         sums.at[r] = test_array(CHUNKS, sizeof(double));
     }
     for (int r = 0; r < ranks; r++) {
         int64_t first = CHUNKS * r / ranks * CPL_SUM_CHUNK, last = r + 1 == ranks ? N : CHUNKS * (r + 1) / ranks * CPL_SUM_CHUNK;
-        grad.own = kinds.own = sums.own = r;
-        assert_ok(CPL_OPS(dev, grad_sum, &grad, &kinds, &sums, &any[r], begin, TENSORS, first, last));
+        int64_t middle = first + (last - first) / CPL_SUM_CHUNK * r / ranks * CPL_SUM_CHUNK; /* rank 0: all in the second */
+        cpl_sum_part part[2] = {{.first = first, .last = middle}, {.first = middle, .last = last}};
+        kinds.own = sums.own = part[0].grad.own = part[1].grad.own = r;
+        part[0].grad.count = part[1].grad.count = ranks;
+        for (int q = 0; q < ranks; q++) {
+            part[0].grad.at[q] = x[q] + shift + first;
+            part[1].grad.at[q] = q == r ? x[q] + shift + middle : apart[q] + middle;
+        }
+        assert_ok(CPL_OPS(dev, grad_sum, part, &kinds, &sums, &any[r], begin, TENSORS));
         for (int64_t i = first; i < last; i++) {
             want[i] = tree_of(kept, 0, ranks, i);
             if (isfinite(want[i])) { /* the bits of a NaN are the device's own */
@@ -145,6 +154,7 @@ static void sums_over(cpl_device *dev, int ranks, int shift) {
         assert_memory_equal(kinds.at[r], want_kinds, sizeof want_kinds);
         test_release(&x[r]);
         test_release(&kept[r]);
+        test_release(&apart[r]);
         test_release(&kinds.at[r]);
         test_release(&sums.at[r]);
     }
@@ -169,11 +179,14 @@ static void finite_ranks(cpl_device *dev) {
     enum { CHUNKS = (N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK };
     uint32_t kinds[2][TENSORS] = {{0}}, any = 0;
     double sums[2][CHUNKS];
-    const cpl_reach grad = {{x, y}, 2, 1}, found = {{kinds[0], kinds[1]}, 2, 1}, squares_of = {{sums[0], sums[1]}, 2, 1};
+    const cpl_reach found = {{kinds[0], kinds[1]}, 2, 1}, squares_of = {{sums[0], sums[1]}, 2, 1};
+    cpl_sum_part part[2] = {{{{x + CPL_SUM_CHUNK, y + CPL_SUM_CHUNK}, 2, 1}, CPL_SUM_CHUNK, CPL_SUM_CHUNK}};
+    part[1] = part[0];
     memset(sums, 0xff, sizeof sums);
-    assert_ok(CPL_OPS(dev, grad_sum, &grad, &found, &squares_of, &any, begin, TENSORS, CPL_SUM_CHUNK, CPL_SUM_CHUNK));
+    assert_ok(CPL_OPS(dev, grad_sum, part, &found, &squares_of, &any, begin, TENSORS));
     assert_true(isnan(sums[0][1]));
-    assert_ok(CPL_OPS(dev, grad_sum, &grad, &found, &squares_of, &any, begin, TENSORS, CPL_SUM_CHUNK, 2 * CPL_SUM_CHUNK));
+    part[0].last = 2 * CPL_SUM_CHUNK;
+    assert_ok(CPL_OPS(dev, grad_sum, part, &found, &squares_of, &any, begin, TENSORS));
     assert_int_equal(any, 0);
     for (int t = 0; t < TENSORS; t++) {
         assert_int_equal(kinds[0][t] | kinds[1][t], 0);
