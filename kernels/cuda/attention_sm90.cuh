@@ -74,7 +74,9 @@ template <int N> struct ring {
     __device__ __forceinline__ void wait_empty(uint64_t (&empty)[N]) const { barrier_wait(&empty[at], phase ^ 1); }
     __device__ __forceinline__ void wait_full(uint64_t (&full)[N]) const { barrier_wait(&full[at], phase); }
 };
+/* By a whole warp, whose lanes' own reads of it are over then. */
 __device__ __forceinline__ void let_go(uint64_t *empty) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) {
         barrier_arrive(empty);
     }

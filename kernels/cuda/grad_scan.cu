@@ -22,7 +22,8 @@ __device__ int64_t tensor_of(const int64_t *begin, int64_t tensors, int64_t i) {
 }
 
 /* Elements [first, last), which begin at grad and one of which is not finite, to the tensors they are in; a block, one atomic a
- * tensor. kinds may be another device's, which writes there too. */
+ * tensor. SHARED: other devices change kinds, too. */
+template <bool SHARED>
 __device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const float *grad, const int64_t *begin, int64_t tensors,
                                        int64_t first, int64_t last) {
     for (int64_t t = tensor_of(begin, tensors, first); t < tensors && begin[t] < last; t++) {
@@ -35,7 +36,7 @@ __device__ __noinline__ void attribute(uint32_t *kinds, uint32_t *any, const flo
         }
         uint32_t found = (__syncthreads_or(inf) ? 1u : 0u) | (__syncthreads_or(nan) ? 2u : 0u);
         if (threadIdx.x == 0 && found != 0) {
-            atomicOr_system(&kinds[t], found);
+            SHARED ? atomicOr_system(&kinds[t], found) : atomicOr(&kinds[t], found);
             atomicOr(any, 1u);
         }
     }
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
     if (__syncthreads_or(largest >= CPL_KEY_INF)) {
-        attribute(kinds, any, grad + first, begin, tensors, first, last);
+        attribute<false>(kinds, any, grad + first, begin, tensors, first, last);
     }
 }
 
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (__syncthreads_or(largest >= CPL_KEY_INF)) {
         for (int r = 0; r < RANKS; r++) {
-            attribute(g.kinds[r], any, g.grad[part][r] + at_chunk, begin, tensors, first, first + count);
+            attribute<true>(g.kinds[r], any, g.grad[part][r] + at_chunk, begin, tensors, first, first + count);
         }
         __syncthreads();
     }

@@ -111,7 +111,7 @@ static void sums_over(cpl_device *dev, int ranks, int shift) {
     enum { CHUNKS = (N + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK };
     cpl_reach kinds = {.count = ranks}, sums = {.count = ranks};
     float *x[CPL_REACH_MOST], *kept[CPL_REACH_MOST], *apart[CPL_REACH_MOST], *want = test_array(N, sizeof *want);
-    uint32_t *any = test_array(ranks, sizeof *any), want_kinds[TENSORS], want_any = 0, seen = 0;
+    uint32_t *any = test_array(ranks, sizeof *any), found_kinds[TENSORS], want_kinds[TENSORS], want_any = 0, seen = 0;
     double *want_sums = test_array(CHUNKS, sizeof *want_sums);
     for (int r = 0; r < ranks; r++) {
         x[r] = test_normals(20 + (uint32_t)r, N + 1, 1.0f);
@@ -120,7 +120,7 @@ static void sums_over(cpl_device *dev, int ranks, int shift) {
         memcpy(kept[r], x[r] + shift, N * sizeof *want);
         apart[r] = test_array(N, sizeof *apart[r]);
         memcpy(apart[r], kept[r], N * sizeof *want);
-        kinds.at[r] = test_array(TENSORS, sizeof(uint32_t));
+        assert_ok(cpl_device_alloc(dev, &kinds.at[r], TENSORS, sizeof(uint32_t), "kinds")); /* atomically, over devices */
         sums.at[r] = test_array(CHUNKS, sizeof(double));
     }
     for (int r = 0; r < ranks; r++) {
@@ -151,11 +151,12 @@ static void sums_over(cpl_device *dev, int ranks, int shift) {
             assert_true(sum == want_sums[c] || (isnan(sum) && isnan(want_sums[c])));
         }
         scan(dev, kept[r], want_kinds, &want_any);
-        assert_memory_equal(kinds.at[r], want_kinds, sizeof want_kinds);
+        assert_ok(CPL_OPS(dev, download, found_kinds, kinds.at[r], sizeof found_kinds));
+        assert_memory_equal(found_kinds, want_kinds, sizeof want_kinds);
         test_release(&x[r]);
         test_release(&kept[r]);
         test_release(&apart[r]);
-        test_release(&kinds.at[r]);
+        cpl_device_free(dev, &kinds.at[r]);
         test_release(&sums.at[r]);
     }
     assert_int_equal(seen, want_any);
