@@ -76,15 +76,9 @@ static double evaluation_flops(const cpl_context *ctx, const cpl_model_shape *s)
     return (double)val.windows * (double)s->context * cpl_flops_forward(s);
 }
 
-/* Elements of the flat buffer that rank 0 has, as cpl_layout_shards makes it. */
-static int64_t shard_of(const cpl_layout *l, int64_t ranks) {
-    int64_t chunks = (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK, shard = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK;
-    return shard < l->total ? shard : l->total;
-}
-
 /* cpl_prune_weights: a shard's weights, its mask, and the selection. */
 static cpl_plan_memory pruning_memory(const char *kind, const cpl_layout *l, const cpl_prune_options *o, int64_t ranks) {
-    int64_t n = shard_of(l, ranks);
+    int64_t n = cpl_part_begin(0, l->total, (int)ranks, 1);
     return (cpl_plan_memory){.weights = 4 * n,
                              .moments = n,
                              .other = cpl_selection_bytes(l, o, n),
@@ -99,7 +93,7 @@ static cpl_status training_memory(const char *kind, const cpl_layout *l, const c
     int64_t G = t->global_batch / t->micro_batch, mine = (G + ranks - 1) / ranks;
     int64_t begin[2] = {0, l->total};
     if (t->optimizer == CPL_OPTIMIZER_SHARDED) {
-        begin[1] = shard_of(l, ranks);
+        begin[1] = cpl_part_begin(0, l->total, (int)ranks, 1);
     }
     m->weights = l->total * (int64_t)cpl_dtype_size(dt) + (cpl_dtype_storage(dt) == CPL_F32 ? 0 : 4 * begin[1]);
     m->gradients = 4 * l->total;

@@ -194,7 +194,7 @@ void cpl_device_unmap(cpl_device *dev, void *memory);
 enum { CPL_BOARD_WORDS = 2 * CPL_REACH_MOST + 1 };
 cpl_status cpl_device_meet(cpl_device *dev, const cpl_reach *board, uint32_t *word);
 /* Enqueues a copy between memory that this device reaches, by a copy engine: after what came before, beside what follows, until
- * join, behind which all such copies are over. Errors: as above. */
+ * join, behind which all such copies are over. Errors: as above. Source: CUDA's programming guide, streams and events. */
 cpl_status cpl_device_copy_beside(cpl_device *dev, void *to, const void *from, size_t bytes);
 cpl_status cpl_device_join(cpl_device *dev);
 

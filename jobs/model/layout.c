@@ -229,13 +229,15 @@ void cpl_layout_range(const cpl_layout *l, int64_t k, int64_t *first, int64_t *l
     }
 }
 
+int64_t cpl_part_begin(int64_t first, int64_t last, int ranks, int rank) {
+    int64_t chunks = (last - first + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK, each = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK;
+    return each * rank < last - first ? first + each * rank : last;
+}
+
 void cpl_layout_shards(const cpl_layout *l, int ranks, int64_t *begin) {
-    int64_t chunks = (l->total + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK;
-    int64_t each = (chunks + ranks - 1) / ranks * CPL_SUM_CHUNK;
-    for (int r = 0; r < ranks; r++) {
-        begin[r] = each * r < l->total ? each * r : l->total;
+    for (int r = 0; r <= ranks; r++) {
+        begin[r] = cpl_part_begin(0, l->total, ranks, r);
     }
-    begin[ranks] = l->total;
 }
 
 static bool has_role(const cpl_layout *l, const cpl_param *p, cpl_block_param role) {

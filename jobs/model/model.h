@@ -71,6 +71,9 @@ const cpl_param *cpl_layout_projection(const cpl_layout *l); /* NULL in a plain 
 static inline int64_t cpl_param_count(const cpl_param *p) {
     return p->rows * p->cols;
 }
+/* Where a rank's part of elements [first, last) begins: whole chunks of CPL_SUM_CHUNK from first on, as many for each rank until
+ * there are no more; `last` for rank == ranks. first: a multiple of CPL_SUM_CHUNK. */
+int64_t cpl_part_begin(int64_t first, int64_t last, int ranks, int rank);
 /* Parts of a flat buffer for `ranks` ranks: begin [ranks+1], multiples of CPL_SUM_CHUNK (but for begin[ranks] = total and the empty
  * parts that start there), equal but for the tail (which may be empty). */
 void cpl_layout_shards(const cpl_layout *l, int ranks, int64_t *begin);

@@ -18,9 +18,10 @@ static inline int64_t cpl_stretch_count(const cpl_stretch *s) {
 static inline bool cpl_optimizer_reaches(const cpl_optimizer *o) {
     return o->sharded && cpl_comm_reaches(o->comm);
 }
-/* own [2] of a rank. */
+/* *own [2] of a rank, in elements: its part of the embeddings, and of what is behind them. Both begin at multiples of
+ * CPL_SUM_CHUNK. */
 void cpl_reach_divide(const cpl_layout *layout, int ranks, int rank, cpl_stretch *own);
-/* Bytes of `received`. */
+/* Bytes of `received` on each rank; 0 for one rank. */
 size_t cpl_reach_received_bytes(const cpl_layout *layout, int ranks);
 /* A part of the block, of all ranks. */
 cpl_reach cpl_reach_part(const cpl_optimizer *o, const void *part);
@@ -28,7 +29,8 @@ cpl_reach cpl_reach_part(const cpl_optimizer *o, const void *part);
 /* This rank's gradient of elements [first, last) is final: enqueues copies of what others sum of it, beside what follows. Errors:
  * CPL_DEVICE. */
 cpl_status cpl_reach_send(cpl_optimizer *o, int64_t first, int64_t last);
-/* This rank's part of all gradients, out of the memory of all; enqueued. Errors: CPL_DEVICE; then the others' devices wait. */
+/* This rank's part of all gradients, out of the memory of all; enqueued. Errors: CPL_DEVICE, CPL_COMM; then the others' devices
+ * wait. */
 cpl_status cpl_reach_sum(cpl_optimizer *o);
 
 /* Collective, between steps. Shards on the hosts into the devices' own stretches of buffer (scatter), and back (gather); by way of

@@ -203,14 +203,13 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
 }
 
 int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl) {
-    int64_t each = (chunks_of(layout) + ranks - 1) / ranks * CPL_SUM_CHUNK; /* as cpl_layout_shards */
-    int64_t begin = 0, end = layout->total, longest = each < end ? each : end;
+    int64_t begin = 0, end = layout->total, longest = cpl_part_begin(0, end, ranks, 1);
     bool sharded = t->optimizer == CPL_OPTIMIZER_SHARDED, shares = sharded && nccl && ranks > 1 && ranks <= CPL_REACH_MOST;
     cpl_stretch own[2];
     cpl_reach_divide(layout, ranks, rank, own);
     if (sharded) {
-        begin = each * rank < end ? each * rank : end;
-        end = each * (rank + 1) < end ? each * (rank + 1) : end;
+        begin = cpl_part_begin(0, layout->total, ranks, rank);
+        end = cpl_part_begin(0, layout->total, ranks, rank + 1);
     }
     int64_t count = shares ? cpl_stretch_count(&own[0]) + cpl_stretch_count(&own[1]) : end - begin,
             element = (int64_t)cpl_dtype_size(cpl_precision_dtype(t->precision));

@@ -54,7 +54,7 @@ typedef struct {
 cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches);
 
 /* initial: host [n], this rank's shard of the weights; mask: host [n] or NULL. Collective (the working copy is gathered).
- * Errors: CPL_NO_MEMORY, agreed by all ranks. */
+ * Errors: CPL_NO_MEMORY, CPL_DEVICE, CPL_COMM, agreed by all ranks. */
 cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
                                 const cpl_training *t, const float *initial, const uint8_t *mask);
 void cpl_optimizer_destroy(cpl_optimizer **opt);

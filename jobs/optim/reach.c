@@ -1,39 +1,36 @@
 /* The optimizer where the ranks' devices reach each other's memory: who sums and updates what, how gradients come there, and how
- * what is updated here and what is stored here become one another. Refuses to hold up the backward pass: copy engines carry what is
- * final beside it. Only the embeddings, which are final last, are left to be read over the links; hence every rank owns a part of
- * them and a part of the rest. */
+ * what is updated here and what is stored here become one another.
+ * Refuses to hold up the backward pass: copy engines carry what is final beside it. Only the embeddings, which are final last, are
+ * left to be read over the links; hence every rank owns a part of them and a part of the rest. */
 #include "jobs/optim/internal.h"
-
-static int64_t up(int64_t n, int64_t by) {
-    return (n + by - 1) / by * by;
-}
 
 /* Where the embeddings end, at a chunk. */
 static int64_t embeddings_end(const cpl_layout *l) {
     int64_t first = 0, last = 0;
     cpl_layout_range(l, cpl_layout_ranges(l) - 1, &first, &last);
-    int64_t end = up(l->begin[last], CPL_SUM_CHUNK);
+    int64_t end = (l->begin[last] + CPL_SUM_CHUNK - 1) / CPL_SUM_CHUNK * CPL_SUM_CHUNK;
     return end < l->total ? end : l->total;
 }
 
-static int64_t longest_part(int64_t n, int ranks) {
-    return up((up(n, CPL_SUM_CHUNK) / CPL_SUM_CHUNK), ranks) / ranks * CPL_SUM_CHUNK;
+/* The longest part of what is behind them: the first one. */
+static int64_t longest_part(const cpl_layout *l, int ranks) {
+    int64_t middle = embeddings_end(l);
+    return cpl_part_begin(middle, l->total, ranks, 1) - middle;
 }
 
-static cpl_stretch deal(int64_t first, int64_t last, int ranks, int rank) {
-    int64_t each = longest_part(last - first, ranks), from = first + each * rank, to = from + each;
-    return (cpl_stretch){.first = from < last ? from : last, .last = to < last ? to : last};
+static cpl_stretch part_of(int64_t first, int64_t last, int ranks, int rank) {
+    return (cpl_stretch){.first = cpl_part_begin(first, last, ranks, rank), .last = cpl_part_begin(first, last, ranks, rank + 1)};
 }
 
 void cpl_reach_divide(const cpl_layout *l, int ranks, int rank, cpl_stretch *own) {
     int64_t middle = embeddings_end(l);
-    own[0] = deal(0, middle, ranks, rank);
-    own[1] = deal(middle, l->total, ranks, rank);
+    own[0] = part_of(0, middle, ranks, rank);
+    own[1] = part_of(middle, l->total, ranks, rank);
     own[1].at = cpl_stretch_count(&own[0]);
 }
 
 size_t cpl_reach_received_bytes(const cpl_layout *l, int ranks) {
-    return (size_t)(ranks - 1) * (size_t)longest_part(l->total - embeddings_end(l), ranks) * sizeof(float);
+    return (size_t)(ranks - 1) * (size_t)longest_part(l, ranks) * sizeof(float);
 }
 
 cpl_reach cpl_reach_part(const cpl_optimizer *o, const void *part) {
@@ -44,8 +41,7 @@ cpl_reach cpl_reach_part(const cpl_optimizer *o, const void *part) {
 
 /* Where a rank's `received` holds what another sent. */
 static float *place_of(const cpl_optimizer *o, float *received, int rank, int from) {
-    int64_t longest = longest_part(o->layout->total - embeddings_end(o->layout), o->shared.count);
-    return received + (from < rank ? from : from - 1) * longest;
+    return received + (from < rank ? from : from - 1) * longest_part(o->layout, o->shared.count);
 }
 
 cpl_status cpl_reach_send(cpl_optimizer *o, int64_t first, int64_t last) {
