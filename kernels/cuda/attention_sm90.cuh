@@ -11,7 +11,7 @@
 namespace {
 
 enum { BLOCK = CPL_ATTENTION_SM90_BLOCK, HEAD = 64, GROUP = 128, THREADS = 3 * GROUP, BOX = BLOCK * HEAD * 2, HALF_BOX = BOX / 2 };
-enum { STAGES = 3, WARPS = 2 * GROUP / 32, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 };
+enum { STAGES = 3, READERS = 2 * GROUP, WARPS = READERS / 32, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 };
 enum { ROWS_16 = 16 * HEAD * 2 / 16, COLUMNS_16 = 16 * 2 / 16 }; /* of an operand: from 16 rows or columns of a box to the next */
 static_assert(HEAD == (int)CPL_BOX_COLUMNS, "a row of a head is a row of a box");
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -74,13 +74,6 @@ template <int N> struct ring {
     __device__ __forceinline__ void wait_empty(uint64_t (&empty)[N]) const { barrier_wait(&empty[at], phase ^ 1); }
     __device__ __forceinline__ void wait_full(uint64_t (&full)[N]) const { barrier_wait(&full[at], phase); }
 };
-/* By a whole warp, whose lanes' own reads of it are over then. */
-__device__ __forceinline__ void let_go(uint64_t *empty) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-        barrier_arrive(empty);
-    }
-}
 
 /* s = own other^T: this warpgroup's rows of a box, and a whole one (N 64) or half of one (32). */
 template <typename T, int N>
@@ -109,15 +102,16 @@ __device__ __forceinline__ void hand_over(task *to, const task &now, uint64_t *f
     barrier_expect(full, bytes);
 }
 
-/* What both kinds of blocks have: m.own_full, own_empty, full, empty. One thread, before all others go on. */
+/* What both kinds of blocks have: m.own_full, own_empty, full, empty. One thread, before all others go on. Every reader lets go
+ * itself: one for its warp, after __syncwarp, takes as long. */
 template <typename M> __device__ __forceinline__ void barriers_init(M &m) {
     for (int n = 0; n < 2; n++) {
         barrier_init(&m.own_full[n], 1);
-        barrier_init(&m.own_empty[n], WARPS);
+        barrier_init(&m.own_empty[n], READERS);
     }
     for (int n = 0; n < STAGES; n++) {
         barrier_init(&m.full[n], 1);
-        barrier_init(&m.empty[n], WARPS);
+        barrier_init(&m.empty[n], READERS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     shared_to_copies();

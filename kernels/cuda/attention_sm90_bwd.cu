@@ -337,10 +337,10 @@ template <typename T, bool KEYS> struct consumer {
                 } else {
                     block<false>(d1, d2, m.own[use.at], m.stages[step.at], i == 0);
                 }
-                let_go(&m.empty[step.at]);
+                barrier_arrive(&m.empty[step.at]);
             }
             pass_turn_on(group);
-            let_go(&m.own_empty[use.at]);
+            barrier_arrive(&m.own_empty[use.at]);
             int row = (now.head / p.H * p.blocks + own) * BLOCK + group * HEAD, column = now.head % p.H * HEAD;
             result(&out)[2] = m.results[threadIdx.x / 32 - GROUP / 32];
             results_begin();

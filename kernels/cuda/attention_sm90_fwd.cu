@@ -115,7 +115,7 @@ template <typename T> struct consumer {
         if (first) {
             softmax<true>(s, keep);
         } else {
-            let_go(before);
+            barrier_arrive(before);
             softmax<false>(s, keep);
 #pragma unroll
             for (int i = 0; i < 32; i++) {
@@ -151,8 +151,8 @@ template <typename T> struct consumer {
             }
             mma_wait<0>();
             mma_settled(o);
-            let_go(before);
-            let_go(&m.own_empty[use.at]);
+            barrier_arrive(before);
+            barrier_arrive(&m.own_empty[use.at]);
             float *lse = p.lse + (int64_t)now.head * p.blocks * BLOCK + row + threadIdx.x % GROUP / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
