@@ -48,3 +48,9 @@ same() {
 attribute() { h5dump -m %.17g -a "$2" "$1" | sed -n 's/^ *(0): *//p' | tr -d '"'; }
 # values FILE DATASET: its numbers, separated by blanks.
 values() { h5dump -y -w 0 -m %.17g -d "$2" "$1" | awk '/^ *DATA \{/ { on = 1; next } on && /\}/ { exit } on { gsub(/[ ,]+/, " "); printf "%s", $0 }' | tr -s ' ' | sed 's/^ *//; s/ *$//'; }
+# close A B DATASET BOUND: all values of the two are numbers that differ by less than BOUND.
+close() {
+    paste <(values "$1/results.h5" "$3" | tr ' ' '\n') <(values "$2/results.h5" "$3" | tr ' ' '\n') |
+        awk -v bound="$4" '{ d = $1 - $2; d = d < 0 ? -d : d; if (!(d < bound) || ($1 $2) !~ /^[-+.0-9e]+$/) bad++; if (d > most) most = d; n++ }
+            END { printf "%d values, at most %g apart\n", n, most; exit !(n > 0 && bad == 0) }' || fail "$3 of $1 and $2: more than $4 apart"
+}

@@ -13,12 +13,6 @@ run() { # run DIR RANKS DEVICE [SETTING]...
     for s in "$@"; do sets+=(--set "$s"); done
     ranks "$n" "$CUPEL" run job.yaml --out "$dir" --quiet --set run.device="$device" "${sets[@]}" >out.txt 2>&1 || { cat out.txt >&2; fail "$dir"; }
 }
-# close A B DATASET BOUND: all values of the two differ by less than BOUND.
-close() {
-    paste <(values "$1/results.h5" "$3" | tr ' ' '\n') <(values "$2/results.h5" "$3" | tr ' ' '\n') |
-        awk -v bound="$4" '{ d = $1 - $2; d = d < 0 ? -d : d; if (!(d < bound)) bad++; if (d > most) most = d; n++ }
-            END { printf "%d values, at most %g apart\n", n, most; exit !(n > 0 && bad == 0) }' || fail "$3 of $1 and $2: more than $4 apart"
-}
 
 run cpu 1 cpu teacher.precision=fp32 teacher.steps=100
 run gpu 1 cuda teacher.precision=fp32 teacher.steps=100
