@@ -103,7 +103,7 @@ __device__ __forceinline__ void hand_over(task *to, const task &now, uint64_t *f
 }
 
 /* What both kinds of blocks have: m.own_full, own_empty, full, empty. One thread, before all others go on. Every reader lets go
- * itself: one for its warp, after __syncwarp, takes as long. */
+ * itself: one for its warp, after __syncwarp, takes as long, and racecheck does not see that. */
 template <typename M> __device__ __forceinline__ void barriers_init(M &m) {
     for (int n = 0; n < 2; n++) {
         barrier_init(&m.own_full[n], 1);
