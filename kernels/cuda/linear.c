@@ -90,20 +90,28 @@ done:
 
 /* --- the operations --- */
 
-/* y = x w^T + bias + residual where cuBLASLt has no such product: the sum in f32, so that it is rounded once. */
+enum { APART_ROWS = 1024 };
+
+/* y = x w^T + bias + residual where cuBLASLt has no such product: the sum in f32, so that it is rounded once. So many rows at a
+ * time that it takes little memory beside y. */
 static cpl_status add_apart(cpl_device *dev, cpl_product product, cpl_product_data data) {
     cpl_status st = CPL_OK;
+    cpl_dtype act = cpl_dtype_storage((cpl_dtype)product.dt);
+    const int64_t size = (int64_t)cpl_dtype_size(act), R = product.n, N = product.m, K = product.k;
+    const int64_t most = R < APART_ROWS ? R : APART_ROWS;
     float *sum = NULL;
-    const cpl_product_data whole = data;
     choice wide;
-    CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, (size_t)(product.n * product.m) * sizeof *sum, &sum));
+    CPL_TRY(cpl_cuda_scratch(dev, CPL_CUDA_SCRATCH_LINEAR, (size_t)(most * N) * sizeof *sum, &sum));
     product.wide = 1;
     product.accumulate = 0;
-    data = (cpl_product_data){.a = whole.a, .b = whole.b, .d = sum};
-    CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &data, &wide));
-    CPL_TRY(cpl_cuda_product_run(dev, wide.plan, &data));
-    CPL_TRY(cpl_cuda_add_apart(dev, cpl_dtype_storage((cpl_dtype)product.dt), whole.d, sum, whole.vector, whole.c, product.n,
-                               product.m));
+    for (int64_t first = 0; first < R; first += most) {
+        const cpl_product_data part = {.a = data.a, .b = (const char *)data.b + first * K * size, .d = sum};
+        const char *residual = data.c != NULL ? (const char *)data.c + first * N * size : NULL;
+        product.n = R - first < most ? R - first : most;
+        CPL_TRY(find(dev, &product, CPL_AFTER_NOTHING, &part, &wide));
+        CPL_TRY(cpl_cuda_product_run(dev, wide.plan, &part));
+        CPL_TRY(cpl_cuda_add_apart(dev, act, (char *)data.d + first * N * size, sum, data.vector, residual, product.n, product.m));
+    }
 done:
     return st;
 }

@@ -59,7 +59,7 @@ static void check_forward(cpl_device *dev, cpl_dtype dt, shape s) {
     double largest = 0;
     multiply(product, &size, s.R, s.N, s.K, x64, s.K, 1, w64, s.K, 1);
     double absolute = 2e-6 * (size + 3);
-    double relative = (test_on_gpu() ? 2.02 : 1.01) * test_roundoff(dt);
+    double relative = 1.01 * test_roundoff(dt);
     assert_ok(dev->ops->linear_fwd(dev, dt, y, x, w, NULL, NULL, s.R, s.N, s.K));
     test_close("product", dt, y, product, n, absolute, relative);
     for (int64_t i = 0; i < n; i++) {

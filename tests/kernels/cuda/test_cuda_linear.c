@@ -7,7 +7,8 @@
 typedef struct {
     int64_t R, N, K;
 } shape;
-static const shape shapes[] = {{1, 1, 1}, {3, 5, 7}, {17, 33, 9}, {64, 64, 64}, {130, 72, 40}, {65, 257, 96}, {512, 768, 256}};
+static const shape shapes[] = {{1, 1, 1},     {3, 5, 7},     {17, 33, 9},    {64, 64, 64},
+                               {130, 72, 40}, {65, 257, 96}, {2100, 33, 17}, {512, 768, 256}};
 enum { SHAPES = sizeof shapes / sizeof shapes[0], TYPES = 3 };
 static const cpl_dtype types[TYPES] = {CPL_F32, CPL_BF16, CPL_F16};
 
