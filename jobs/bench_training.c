@@ -2,6 +2,7 @@
  * Refuses to add up times of parts: a step is timed from one mark between steps to the next. */
 #include "jobs/bench_training.h"
 #include "jobs/model/flops.h"
+#include "jobs/store.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,10 +65,6 @@ static cpl_status prepare(cpl_bench_trainer *t) {
     t->options.warmup = 0;
     t->options.loss_scale = 128; /* fp16 neither overflows nor loses the gradients of random weights */
     CPL_TRY(make_text(t));
-    CPL_TRY(cpl_alloc(&t->initial, (size_t)b->layout->total, sizeof(float), "bench"));
-    cpl_layout_initialize(b->layout, 1, t->initial);
-    CPL_TRY(cpl_alloc(&t->shard, (size_t)ranks + 1, sizeof *t->shard, "bench"));
-    cpl_layout_shards(b->layout, ranks, t->shard);
     CPL_TRY(cpl_metrics_create(&t->metrics));
     t->spec = (cpl_trainer_spec){.comm = b->world,
                                  .dev = b->dev,
@@ -108,8 +105,6 @@ static void release(cpl_bench_trainer *t) {
     cpl_corpus_close(&t->corpus);
     cpl_device_free(t->b->dev, &t->tokens);
     cpl_device_free(t->b->dev, &t->losses);
-    cpl_free(&t->initial);
-    cpl_free(&t->shard);
     cpl_free(&t->seconds);
     cpl_arena_destroy(&t->arena);
 }
@@ -298,13 +293,15 @@ int64_t cpl_bench_training_rows(const cpl_bench *b) {
 cpl_status cpl_bench_training(cpl_bench *b) {
     cpl_status st = CPL_OK;
     cpl_bench_trainer t = {.b = b};
+    cpl_shard first = {0};
     cpl_device_trim(b->dev); /* of what was measured before */
     cpl_device_peak_restart(b->dev);
     cpl_status local = prepare(&t);
     local = local == CPL_OK ? cpl_alloc(&t.seconds, (size_t)b->o->steps + ALONE_MOST, sizeof(double), "bench") : local;
     CPL_TRY(cpl_agree(b->world, local));
-    const float *initial = t.initial + t.shard[cpl_comm_rank(b->world)];
-    CPL_TRY(cpl_optimizer_create(&t.opt, b->world, b->dev, b->layout, &t.options, initial, NULL));
+    CPL_TRY(cpl_shard_create(&first, b->layout, b->world, false, false));
+    cpl_layout_initialize(b->layout, 1, cpl_device_threads(b->dev), first.begin, first.begin + first.n, first.param);
+    CPL_TRY(cpl_optimizer_create(&t.opt, b->world, b->dev, b->layout, &t.options, first.param, NULL));
     CPL_TRY(cpl_agree(b->world, allocate(&t)));
     cpl_bench_row row = named(&t, "forward pass and loss");
     row.tokens = (double)(b->o->micro_batch * b->o->context);
@@ -316,6 +313,7 @@ cpl_status cpl_bench_training(cpl_bench *b) {
         CPL_TRY(cpl_bench_profile(&t));
     }
 done:
+    cpl_shard_free(&first);
     release(&t);
     return st;
 }

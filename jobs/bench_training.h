@@ -18,8 +18,6 @@ typedef struct {
     cpl_workspace *ws;
     cpl_steps *steps;
     cpl_graph *decision; /* NULL: the step is not recorded here */
-    float *initial;      /* host [total] */
-    int64_t *shard;      /* host [ranks+1] */
     double *seconds;     /* host, of steps */
     int32_t *tokens;     /* device [rows of a micro-batch] */
     float *losses;       /* the same */

@@ -75,10 +75,10 @@ static cpl_status source_block(const cpl_stage *stage, int64_t i, int64_t layers
 }
 
 /* First weights of the student, host [total]. */
-static cpl_status first_weights(const cpl_stage *stage, uint64_t seed, const cpl_layout *layout, const cpl_model *teacher,
+static cpl_status first_weights(cpl_context *ctx, const cpl_stage *stage, const cpl_layout *layout, const cpl_model *teacher,
                                 float *weights) {
     cpl_status st = CPL_OK;
-    cpl_layout_initialize(layout, seed, weights);
+    cpl_layout_initialize(layout, (uint64_t)ctx->job->seed, cpl_device_threads(ctx->dev), 0, layout->total, weights);
     if (((const cpl_distill_options *)stage->options)->start == CPL_START_SCRATCH) {
         return CPL_OK;
     }
@@ -115,7 +115,7 @@ static cpl_status prepare_student(cpl_context *ctx, const cpl_stage *stage, cons
     CPL_TRY(cpl_distill_shape(stage, &teacher->layout->shape, &shape));
     CPL_TRY(cpl_distill_layout(stage, &teacher->layout->shape, &shape, layout));
     CPL_TRY(cpl_alloc(whole, (size_t)(*layout)->total, sizeof **whole, "first weights"));
-    CPL_TRY(first_weights(stage, (uint64_t)ctx->job->seed, *layout, teacher, *whole));
+    CPL_TRY(first_weights(ctx, stage, *layout, teacher, *whole));
 done:
     return st;
 }

@@ -25,21 +25,14 @@ static cpl_status run(cpl_context *ctx, cpl_stage *stage, cpl_record *record) {
     const cpl_train_options *o = stage->options;
     cpl_model_shape shape = shape_of(o, cpl_corpus_vocab(ctx->corpus));
     cpl_layout *layout = NULL;
-    float *whole = NULL;
     cpl_shard shard = {0};
-    cpl_status local = cpl_layout_create(&layout, &shape);
-    if (local == CPL_OK) {
-        local = cpl_alloc(&whole, (size_t)layout->total, sizeof *whole, "first weights");
-    }
-    CPL_TRY(cpl_agree(ctx->world, local));
-    cpl_layout_initialize(layout, (uint64_t)ctx->job->seed, whole);
+    CPL_TRY(cpl_agree(ctx->world, cpl_layout_create(&layout, &shape)));
     CPL_TRY(cpl_shard_create(&shard, layout, ctx->world, false, false));
-    cpl_shard_take(&shard, whole);
-    cpl_free(&whole);
+    cpl_layout_initialize(layout, (uint64_t)ctx->job->seed, cpl_device_threads(ctx->dev), shard.begin, shard.begin + shard.n,
+                          shard.param);
     CPL_TRY(cpl_training_stage_run(ctx, stage, record, layout, &o->training, o->steps, &shard, NULL));
 done:
     cpl_shard_free(&shard);
-    cpl_free(&whole);
     cpl_layout_destroy(&layout);
     return st;
 }

@@ -261,14 +261,18 @@ static void initial_distribution(const cpl_layout *l, const cpl_param *p, float 
     }
 }
 
-void cpl_layout_initialize(const cpl_layout *l, uint64_t seed, float *values) {
-    memset(values, 0, (size_t)l->total * sizeof *values);
+void cpl_layout_initialize(const cpl_layout *l, uint64_t seed, int threads, int64_t begin, int64_t end, float *values) {
+    memset(values, 0, (size_t)(end - begin) * sizeof *values);
     for (int64_t i = 0; i < l->count; i++) {
         const cpl_param *p = &l->param[i];
-        float *v = values + p->offset, mean, std;
+        const int64_t past = p->offset + cpl_param_count(p);
+        const int64_t first = p->offset > begin ? p->offset : begin, last = past < end ? past : end;
+        float mean, std;
         initial_distribution(l, p, &mean, &std);
-        for (int64_t k = 0; k < cpl_param_count(p); k++) {
-            v[k] = std == 0.0f ? mean : mean + std * cpl_rng_normal(seed, CPL_RNG_INIT, (uint32_t)i, (uint64_t)k);
+#pragma omp parallel for num_threads(last - first < 16384 ? 1 : threads) schedule(static)
+        for (int64_t at = first; at < last; at++) {
+            const uint64_t k = (uint64_t)(at - p->offset);
+            values[at - begin] = std == 0.0f ? mean : mean + std * cpl_rng_normal(seed, CPL_RNG_INIT, (uint32_t)i, k);
         }
     }
 }

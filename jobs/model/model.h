@@ -82,11 +82,11 @@ void cpl_layout_shards(const cpl_layout *l, int ranks, int64_t *begin);
  * head, so wte is the first to get a gradient and among the last to have it whole). Each tensor is in one range. */
 int64_t cpl_layout_ranges(const cpl_layout *l);
 void cpl_layout_range(const cpl_layout *l, int64_t k, int64_t *first, int64_t *last);
-/* GPT-2 initialisation into a flat host buffer [total]: N(0, 0.02), residual outputs N(0, 0.02/sqrt(2 layers)), wpe N(0, 0.01),
- * gains 1, biases 0, distill.projection N(0, 1/sqrt(width)); each element a function of (seed, its tensor and index) alone, and of
- * the number of layers where it says so.
+/* GPT-2 initialisation of elements [begin, end) of the flat buffer, values: host [end - begin]: N(0, 0.02), residual outputs N(0,
+ * 0.02/sqrt(2 layers)), wpe N(0, 0.01), gains 1, biases 0, distill.projection N(0, 1/sqrt(width)); each element a function of
+ * (seed, its tensor and index) alone, and of the number of layers where it says so. threads: as many as compute them, at least 1.
  */
-void cpl_layout_initialize(const cpl_layout *l, uint64_t seed, float *values);
+void cpl_layout_initialize(const cpl_layout *l, uint64_t seed, int threads, int64_t begin, int64_t end, float *values);
 
 typedef enum { CPL_RECOMPUTE_NONE, CPL_RECOMPUTE_GELU, CPL_RECOMPUTE_BLOCK } cpl_recompute;
 

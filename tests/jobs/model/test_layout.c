@@ -162,7 +162,7 @@ static void test_initialize_has_the_stated_moments_and_zero_gaps(void **state) {
     for (int64_t i = 0; i < l->total; i++) {
         v[i] = NAN;
     }
-    cpl_layout_initialize(l, 7, v);
+    cpl_layout_initialize(l, 7, 1, 0, l->total, v);
     for (int64_t t = 0; t < l->count; t++) {
         const cpl_param *p = &l->param[t];
         int64_t n = cpl_param_count(p);
@@ -190,9 +190,9 @@ static void test_initialize_depends_on_seed_tensor_and_index_alone(void **state)
     cpl_model_shape s = {.layers = 4, .heads = 3, .width = 21, .context = 13, .vocab = 37};
     cpl_layout *a = layout_of(odd), *b = layout_of(s);
     float *x = test_array(a->total, sizeof *x), *y = test_array(b->total, sizeof *y), *z = test_array(a->total, sizeof *z);
-    cpl_layout_initialize(a, 11, x);
-    cpl_layout_initialize(b, 11, y);
-    cpl_layout_initialize(a, 12, z);
+    cpl_layout_initialize(a, 11, 1, 0, a->total, x);
+    cpl_layout_initialize(b, 11, 1, 0, b->total, y);
+    cpl_layout_initialize(a, 12, 1, 0, a->total, z);
     for (int64_t t = 0; t < a->count; t++) {
         const cpl_param *p = &a->param[t], *q = cpl_layout_find(b, p->name);
         size_t bytes = (size_t)cpl_param_count(p) * sizeof *x;
@@ -206,6 +206,29 @@ static void test_initialize_depends_on_seed_tensor_and_index_alone(void **state)
     test_release(&z);
     cpl_layout_destroy(&a);
     cpl_layout_destroy(&b);
+}
+
+/* A rank makes its own part, on its own threads. Tensors of more elements than are worth waking threads for. */
+static void test_initialize_of_parts_has_the_bits_of_the_whole(void **state) {
+    (void)state;
+    cpl_layout *l = layout_of((cpl_model_shape){.layers = 1, .heads = 1, .width = 131, .context = 150, .vocab = 1000});
+    float *whole = test_array(l->total, sizeof *whole), *parts = test_array(l->total, sizeof *parts);
+    cpl_layout_initialize(l, 7, 1, 0, l->total, whole);
+    for (int threads = 1; threads <= 3; threads++) {
+        for (int ranks = 1; ranks <= 5; ranks++) {
+            memset(parts, 0xff, (size_t)l->total * sizeof *parts);
+            for (int r = 0; r < ranks; r++) { /* cuts within tensors, and an empty part where there is more than one */
+                int64_t begin = r < 2 ? 0 : l->total * r / ranks - 1,
+                        end = r == 0 && ranks > 1 ? 0 : l->total * (r + 1) / ranks - 1;
+                end = r == ranks - 1 ? l->total : end;
+                cpl_layout_initialize(l, 7, threads, begin, end, parts + begin);
+            }
+            test_same_bits("parts", whole, parts, (size_t)l->total * sizeof *whole);
+        }
+    }
+    test_release(&whole);
+    test_release(&parts);
+    cpl_layout_destroy(&l);
 }
 
 static void test_workspace_takes_exactly_the_bytes_it_announces(void **state) {
@@ -292,6 +315,7 @@ int main(void) {
         cmocka_unit_test(test_layout_impossible_shapes_are_refused_by_option),
         cmocka_unit_test(test_initialize_has_the_stated_moments_and_zero_gaps),
         cmocka_unit_test(test_initialize_depends_on_seed_tensor_and_index_alone),
+        cmocka_unit_test(test_initialize_of_parts_has_the_bits_of_the_whole),
         cmocka_unit_test(test_workspace_takes_exactly_the_bytes_it_announces),
         cmocka_unit_test(test_workspace_recomputation_and_inference_take_less),
         cmocka_unit_test(test_workspace_logits_take_64_mebibytes_or_as_much_as_a_block),

@@ -214,7 +214,7 @@ int main(int argc, char **argv) {
     rank = cpl_comm_rank(world);
     size = cpl_comm_size(world);
     initial = calloc((size_t)layout->total, sizeof *initial);
-    cpl_layout_initialize(layout, 1, initial);
+    cpl_layout_initialize(layout, 1, 1, 0, layout->total, initial);
     kept = malloc((size_t)layout->total);
     for (int64_t i = 0; i < layout->total; i++) {
         kept[i] = i * 2654435761u % 11 != 0;
