@@ -82,8 +82,8 @@ cpl_nccl_wish cpl_plane_reach(const cpl_place *place, int size);
 cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin);
 /* What of elements [first, last) each rank owns, summed to it; enqueued on the plane alone. */
 cpl_status cpl_plane_reduce(cpl_comm *c, float *x, const int64_t *begin, int64_t first, int64_t last);
-/* Elements of a slice of a part, for a sum by tree through device memory. longest: part, elements. */
-int64_t cpl_plane_slice(int64_t longest);
+/* Elements of a slice of a part, for a sum by tree over more than 2 ranks through device memory. longest: part, elements. */
+int64_t cpl_plane_slice(int64_t longest, int ranks);
 
 struct cpl_comm {
     const cpl_comm_ops *ops; /* borrowed, static */

@@ -2,16 +2,20 @@
  * Refuses ranges that do not cover the buffer once, and in a sum by tree any order but that of the rank numbers. */
 #include "comm/internal.h"
 
-enum { SLICES = 16, SLICE_MOST = 1 << 20 }; /* of the longest part; elements */
+/* Slices of the longest part, and f32 elements that come from all others at a time: 1 to 32 MiB. STAGES: one is added up while the
+ * next arrives. */
+enum { SLICES = 16, ARRIVING_LEAST = 1 << 18, ARRIVING_MOST = 1 << 23, STAGES = 2 };
 
-int64_t cpl_plane_slice(int64_t longest) {
-    int64_t slice = (longest / SLICES / CPL_SUM_CHUNK + 1) * CPL_SUM_CHUNK;
-    return slice < SLICE_MOST ? slice : SLICE_MOST;
+int64_t cpl_plane_slice(int64_t longest, int ranks) {
+    int64_t least = ARRIVING_LEAST / (ranks - 1), most = ARRIVING_MOST / (ranks - 1), slice = longest / SLICES;
+    slice = slice < least ? least : slice > most ? most : slice;
+    slice = (slice < longest ? slice : longest) / CPL_SUM_CHUNK * CPL_SUM_CHUNK;
+    return slice > 0 ? slice : CPL_SUM_CHUNK;
 }
 
 int64_t cpl_reduction_bytes(int64_t longest, int ranks, bool exact) {
     int64_t board = ranks > 1 && ranks <= CPL_REACH_MOST ? CPL_SHARED_LEAST : 0;
-    return board + (exact && ranks > 2 ? (ranks - 1) * cpl_plane_slice(longest) * (int64_t)sizeof(float) : 0);
+    return board + (exact && ranks > 2 ? STAGES * (ranks - 1) * cpl_plane_slice(longest, ranks) * (int64_t)sizeof(float) : 0);
 }
 
 static int64_t longest_part(const int64_t *begin, int size) {
@@ -52,25 +56,40 @@ done:
     return st;
 }
 
-/* One slice of every part: all ranks' slices of the own part are brought together, then added. */
-static cpl_status tree_slice(cpl_plane *p, float *x, const int64_t *begin, int64_t k, int64_t slice) {
-    cpl_status st = CPL_OK;
+/* Slice k of the own part: where each rank's values of it are, [size], and how many. */
+static int64_t leaves(const cpl_plane *p, float *x, const int64_t *begin, int64_t k, int64_t slice, cpl_piece *leaf) {
+    int rank = p->comm->rank, size = p->comm->size;
+    float *stage = p->stage + k % STAGES * (size - 1) * slice;
+    int64_t first = 0, n = cpl_parts_slice(begin, rank, k, slice, &first);
+    for (int q = 0; q < size; q++) {
+        leaf[q] = (cpl_piece){q == rank ? x + first : stage + slice * (q < rank ? q : q - 1), (size_t)n * sizeof(float)};
+    }
+    return n;
+}
+
+/* All ranks' values of slice k of their parts go to the owners. */
+static cpl_status bring_slice(cpl_plane *p, float *x, const int64_t *begin, int64_t k, int64_t slice) {
     cpl_comm *c = p->comm;
     cpl_piece *to = c->pieces, *from = c->pieces + c->size;
-    int64_t own_first = 0, first = 0, own = cpl_parts_slice(begin, c->rank, k, slice, &own_first);
-    for (int q = 0, other = 0; q < c->size; q++) {
-        int64_t n = cpl_parts_slice(begin, q, k, slice, &first);
+    leaves(p, x, begin, k, slice, from);
+    for (int q = 0; q < c->size; q++) {
+        int64_t first = 0, n = cpl_parts_slice(begin, q, k, slice, &first);
         to[q] = (cpl_piece){x + first, (size_t)n * sizeof(float)};
-        from[q] = (cpl_piece){q == c->rank ? x + own_first : p->stage + slice * other++, (size_t)own * sizeof(float)};
     }
-    CPL_TRY(p->ops->fork(p));
-    CPL_TRY(p->ops->exchange(p, to, from));
-    CPL_TRY(p->ops->join(p));
-    if (own > 0) {
-        CPL_TRY(tree_sum(p->dev, from, 0, c->size, own));
+    return p->ops->exchange(p, to, from);
+}
+
+static cpl_status add_slice(cpl_plane *p, float *x, const int64_t *begin, int64_t k, int64_t slice) {
+    cpl_status st = CPL_OK;
+    cpl_piece *leaf = p->comm->pieces;
+    int64_t n = leaves(p, x, begin, k, slice, leaf);
+    const cpl_piece own = leaf[p->comm->rank];
+    if (n == 0) {
+        return CPL_OK;
     }
-    if (own > 0 && c->rank != 0) {
-        CPL_TRY(CPL_OPS(p->dev, copy, x + own_first, from[0].data, from[0].bytes));
+    CPL_TRY(tree_sum(p->dev, leaf, 0, p->comm->size, n));
+    if (p->comm->rank != 0) {
+        CPL_TRY(CPL_OPS(p->dev, copy, own.data, leaf[0].data, own.bytes));
     }
 done:
     return st;
@@ -96,10 +115,19 @@ cpl_status cpl_plane_reduce_scatter(cpl_comm *c, float *x, const int64_t *begin)
         CPL_TRY(cpl_plane_reduce(c, x, begin, begin[0], begin[c->size]));
         return p->ops->join(p);
     }
-    int64_t slice = cpl_plane_slice(longest_part(begin, c->size)), rounds = cpl_parts_rounds(c, begin, slice);
-    CPL_TRY(stage_ensure(p, (c->size - 1) * slice));
-    for (int64_t k = 0; k < rounds; k++) {
-        CPL_TRY(tree_slice(p, x, begin, k, slice));
+    int64_t slice = cpl_plane_slice(longest_part(begin, c->size), c->size), rounds = cpl_parts_rounds(c, begin, slice);
+    CPL_TRY(stage_ensure(p, STAGES * (c->size - 1) * slice));
+    for (int64_t k = 0; k <= rounds; k++) { /* what came before is added up beside the arrival of slice k */
+        if (k < rounds) {
+            CPL_TRY(p->ops->fork(p));
+            CPL_TRY(bring_slice(p, x, begin, k, slice));
+        }
+        if (k > 0) {
+            CPL_TRY(add_slice(p, x, begin, k - 1, slice));
+        }
+        if (k < rounds) {
+            CPL_TRY(p->ops->join(p));
+        }
     }
 done:
     return st;

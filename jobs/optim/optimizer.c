@@ -140,6 +140,11 @@ done:
     return st;
 }
 
+/* A sum in each other's memory is one by tree: replicated weights get the bits of sharded ones, though NCCL sums for them. */
+static bool sums_by_tree(const cpl_training *t, bool reaches) {
+    return t->reduction == CPL_REDUCTION_TREE || reaches;
+}
+
 cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
                                 const cpl_training *t, const float *initial, const uint8_t *mask) {
     cpl_status st = CPL_OK;
@@ -162,7 +167,7 @@ cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device 
         local = allocate(o, mask != NULL);
     }
     if (local == CPL_OK) {
-        cpl_reduction_begin(&o->reduction, comm, dev, o->grad, o->shard, t->reduction == CPL_REDUCTION_TREE);
+        cpl_reduction_begin(&o->reduction, comm, dev, o->grad, o->shard, sums_by_tree(t, cpl_comm_reaches(comm)));
     }
     CPL_TRY(cpl_agree(comm, local));
     if (cpl_optimizer_reaches(o)) {
@@ -204,7 +209,8 @@ void cpl_optimizer_destroy(cpl_optimizer **opt) {
 
 int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl) {
     int64_t begin = 0, end = layout->total, longest = cpl_part_begin(0, end, ranks, 1);
-    bool sharded = t->optimizer == CPL_OPTIMIZER_SHARDED, shares = sharded && nccl && ranks > 1 && ranks <= CPL_REACH_MOST;
+    bool sharded = t->optimizer == CPL_OPTIMIZER_SHARDED, reaches = nccl && ranks > 1 && ranks <= CPL_REACH_MOST,
+         shares = sharded && reaches;
     cpl_stretch own[2];
     cpl_reach_divide(layout, ranks, rank, own);
     if (sharded) {
@@ -216,7 +222,7 @@ int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int
     int64_t master = element == 4 ? 0 : 4; /* the working weights are the master weights where they are f32 */
     int64_t block = (int64_t)parts_of(layout, cpl_dtype_storage(cpl_precision_dtype(t->precision)), shares ? ranks : 1).bytes;
     return block + count * (master + 8 + masked) + (int64_t)sizeof(cpl_step_state) +
-           (nccl && !shares ? cpl_reduction_bytes(longest, ranks, t->reduction == CPL_REDUCTION_TREE) : 0);
+           (nccl && !shares ? cpl_reduction_bytes(longest, ranks, sums_by_tree(t, reaches)) : 0);
 }
 
 /* --- the step --- */

@@ -58,8 +58,8 @@ cpl_step_rules cpl_step_rules_of(const cpl_training *t, int64_t micro_batches);
 cpl_status cpl_optimizer_create(cpl_optimizer **out, cpl_comm *comm, cpl_device *dev, const cpl_layout *layout,
                                 const cpl_training *t, const float *initial, const uint8_t *mask);
 void cpl_optimizer_destroy(cpl_optimizer **opt);
-/* Device bytes per rank, for the plan. nccl: the ranks exchange device memory by it; a sharded optimizer of up to CPL_REACH_MOST of
- * them as where their devices reach each other's memory. */
+/* Device bytes per rank, for the plan. nccl: the ranks exchange device memory by it; up to CPL_REACH_MOST of them as where their
+ * devices reach each other's memory. */
 int64_t cpl_optimizer_bytes(const cpl_layout *layout, const cpl_training *t, int ranks, int rank, bool masked, bool nccl);
 
 /* Which tensors of this rank's gradient are not finite (into kinds, overflow). Where the ranks' devices reach each other's memory
