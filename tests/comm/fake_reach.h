@@ -1,11 +1,13 @@
-/* A CPU device whose memory other processes map, in POSIX shared memory: what cpl_device_share and its kin are on GPUs.
+/* A CPU device whose memory other processes map, by way of /proc: what cpl_device_share and its kin are on GPUs.
  * Refuses nothing that a GPU would: copies beside other work are made at once or as late as may be. */
 #ifndef CPL_TESTS_COMM_FAKE_REACH_H
 #define CPL_TESTS_COMM_FAKE_REACH_H
 
 #include "kernels/backend.h"
 #include "tests/comm/fake_plane.h"
+#include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -20,57 +22,50 @@ static struct {
     struct {
         void *memory;
         size_t bytes;
-        char name[64]; /* "": another process' */
+        int file; /* -1: another process' */
     } block[FAKE_BLOCKS];
     struct {
         void *to;
         const void *from;
         size_t bytes;
     } copy[FAKE_COPIES];
-    int copies, made, sent; /* waiting; names given; copies asked for */
+    int copies, sent; /* waiting; asked for */
 } fake_reach;
 
-static cpl_status fake_enter(void *memory, size_t bytes, const char *name) {
+static cpl_status fake_enter(void *memory, size_t bytes, int file) {
     for (int i = 0; i < FAKE_BLOCKS; i++) {
         if (fake_reach.block[i].memory == NULL) {
             fake_reach.block[i].memory = memory;
             fake_reach.block[i].bytes = bytes;
-            snprintf(fake_reach.block[i].name, sizeof fake_reach.block[i].name, "%s", name);
+            fake_reach.block[i].file = file;
             return CPL_OK;
         }
     }
     return cpl_fail(CPL_INTERNAL, __FILE__, __LINE__, "more than %d shared blocks", FAKE_BLOCKS);
 }
 
-static cpl_status fake_map_file(const char *name, size_t bytes, void **out) {
-    int file = shm_open(name, O_RDWR | (bytes > 0 ? O_CREAT | O_EXCL : 0), 0600);
-    struct stat about;
-    if (file < 0 || (bytes > 0 && ftruncate(file, (off_t)bytes) != 0) || fstat(file, &about) != 0) {
-        return cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "shared memory %s", name);
-    }
-    *out = mmap(NULL, (size_t)about.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    close(file);
-    if (*out == MAP_FAILED) {
-        return cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "mapping %s", name);
-    }
-    return fake_enter(*out, (size_t)about.st_size, bytes > 0 ? name : "");
-}
-
+/* A file without a name: a process that is killed leaves none. */
 static cpl_status fake_alloc(cpl_device *dev, void **out, size_t bytes, const char *what) {
-    char name[64];
     if (bytes < CPL_SHARED_LEAST) {
         return fake_reach.real->alloc(dev, out, bytes, what);
     }
-    snprintf(name, sizeof name, "/cupel-test-%d-%d", (int)getpid(), fake_reach.made++);
-    return fake_map_file(name, bytes, out);
+    int file = memfd_create("cupel-test", 0);
+    if (file < 0 || ftruncate(file, (off_t)bytes) != 0) {
+        return cpl_fail(CPL_NO_MEMORY, __FILE__, __LINE__, "shared memory of %zu bytes", bytes);
+    }
+    *out = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (*out == MAP_FAILED) {
+        return cpl_fail(CPL_NO_MEMORY, __FILE__, __LINE__, "mapping %zu bytes", bytes);
+    }
+    return fake_enter(*out, bytes, file);
 }
 
 static bool fake_leave(void *memory) {
     for (int i = 0; i < FAKE_BLOCKS; i++) {
         if (fake_reach.block[i].memory == memory) {
             munmap(memory, fake_reach.block[i].bytes);
-            if (fake_reach.block[i].name[0] != '\0') {
-                shm_unlink(fake_reach.block[i].name);
+            if (fake_reach.block[i].file >= 0) {
+                close(fake_reach.block[i].file);
             }
             fake_reach.block[i].memory = NULL;
             return true;
@@ -92,7 +87,7 @@ static bool fake_reaches(const cpl_device *dev, const char *identity) {
 static cpl_status fake_share(cpl_device *dev, const void *memory, cpl_shared_name *out) {
     for (int i = 0; i < FAKE_BLOCKS; i++) {
         if (fake_reach.block[i].memory == memory) {
-            memcpy(out, fake_reach.block[i].name, sizeof *out);
+            snprintf((char *)out->bytes, sizeof out->bytes, "/proc/%d/fd/%d", (int)getpid(), fake_reach.block[i].file);
             return CPL_OK;
         }
     }
@@ -100,7 +95,18 @@ static cpl_status fake_share(cpl_device *dev, const void *memory, cpl_shared_nam
 }
 
 static cpl_status fake_map(cpl_device *dev, const cpl_shared_name *name, void **out) {
-    return fake_map_file((const char *)name->bytes, 0, out);
+    const char *path = (const char *)name->bytes;
+    struct stat about;
+    int file = open(path, O_RDWR);
+    if (file < 0 || fstat(file, &about) != 0) {
+        return cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "shared memory %s: %s", path, strerror(errno));
+    }
+    *out = mmap(NULL, (size_t)about.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (*out == MAP_FAILED) {
+        return cpl_fail(CPL_DEVICE, __FILE__, __LINE__, "mapping %s: %s", path, strerror(errno));
+    }
+    return fake_enter(*out, (size_t)about.st_size, -1);
 }
 
 static void fake_unmap(cpl_device *dev, void *memory) {

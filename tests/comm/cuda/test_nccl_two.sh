@@ -42,11 +42,11 @@ for size in teacher.width=32 'teacher.width=512 teacher.layers=4 teacher.heads=8
             CUPEL_REACH=1 run reach-$n-$w-$p $n 1 $settings
             has out.txt "from GPU to GPU"
             same "$(model mpi-$n-$w-$p)" "$(model reach-$n-$w-$p)" param m v metrics_eval
+            run replicated-$n-$w-$p $n 1 $settings teacher.optimizer=replicated
+            same "$(model mpi-$n-$w-$p)" "$(model replicated-$n-$w-$p)" param m v
         done
         CUPEL_OVERLAP=1 run early-$w-$p 2 1 teacher.precision=$p $size
         same "$(model mpi-2-$w-$p)" "$(model early-$w-$p)" param m v metrics_eval
-        run replicated-$w-$p 2 1 teacher.precision=$p teacher.optimizer=replicated $size
-        same "$(model nccl-$w-$p)" "$(model replicated-$w-$p)" param m v
         run tree-1-$w-$p 1 0 teacher.precision=$p teacher.reduction=tree $size
         for ((n = 2; n <= gpus && n <= 4; n *= 2)); do
             run tree-$n-$w-$p $n 1 teacher.precision=$p teacher.reduction=tree $size
