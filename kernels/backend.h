@@ -9,8 +9,8 @@
 typedef struct {
     const char *kind; /* "cpu", "cuda" */
     bool has_tf32;    /* linear_* take CPL_TF32 */
-    /* Fills dev->ops, dev->name and dev->impl, whose first member is a cpl_backend_device. Errors: CPL_UNSUPPORTED with what is
-     * missing. */
+    /* Fills dev->ops, dev->name and dev->impl, whose first member is a cpl_backend_device. threads: of this process, at least 1.
+     * Errors: CPL_UNSUPPORTED with what is missing. */
     cpl_status (*open)(cpl_device *dev, int gpu, int threads);
     void (*close)(cpl_device *dev);
     /* *out = `bytes` > 0 zeroed, 64-byte aligned, at least 64 of them. Errors: CPL_NO_MEMORY naming `what`. */

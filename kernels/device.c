@@ -2,6 +2,7 @@
  * Refuses to fall back in silence: a back end asked for by name is there or the call fails. */
 #include "io/base/number.h"
 #include "kernels/backend.h"
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -57,7 +58,7 @@ cpl_status cpl_device_create(cpl_device **out, const char *backend, int gpu, int
     CPL_TRY(cpl_alloc(&dev, 1, sizeof *dev, "device"));
     for (int i = 0; i < BACKENDS; i++) {
         if (automatic || strcmp(backend, backends[i]->kind) == 0) {
-            st = backends[i]->open(dev, gpu, threads);
+            st = backends[i]->open(dev, gpu, threads > 0 ? threads : omp_get_max_threads());
             if (st == CPL_OK) {
                 dev->kind = backends[i]->kind;
                 shared_of(dev)->backend = backends[i];

@@ -2,7 +2,6 @@
  * Refuses an instruction set that the processor lacks, also when the environment asks for it. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
-#include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -109,7 +108,7 @@ static cpl_status cpu_open(cpl_device *dev, int gpu, int threads) {
     const variant *chosen = NULL;
     CPL_TRY(choose_variant(&chosen));
     CPL_TRY(cpl_alloc(&cpu, 1, sizeof *cpu, "CPU device"));
-    cpu->threads = threads > 0 ? threads : omp_get_max_threads();
+    cpu->threads = threads;
     cpu->isa = chosen->isa;
     dev->impl = cpu;
     dev->ops = chosen->ops;

@@ -276,7 +276,7 @@ static cpl_status open_device(cpl_device *dev, int gpu, int threads) {
     dev->impl = cuda;
     dev->ops = &cpl_cuda_ops;
     CPL_TRY(choose(dev, gpu));
-    cuda->threads = threads > 0 ? threads : 1;
+    cuda->threads = threads;
     cuda->blocking = blocking != NULL && strcmp(blocking, "1") == 0;
     CPL_CUDA_TRY("make a stream", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
     CPL_TRY(cpl_nvml_open(&cuda->nvml, cuda->nvml_missing));

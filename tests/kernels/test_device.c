@@ -1,6 +1,7 @@
 /* Devices: which back end opens, what it says when it cannot, how memory is counted.
  * Refuses to depend on the processor it runs on beyond what every one has. */
 #include "tests/support/support.h"
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -103,6 +104,16 @@ static void test_instruction_set_that_is_not_there_is_refused(void **state) {
     assert_non_null(strstr(cpl_status_message(), "CUPEL_CPU=v9"));
     dev = test_device("base", 3);
     assert_non_null(dev);
+    assert_int_equal(cpl_device_threads(dev), 3);
+    cpl_device_destroy(&dev);
+}
+
+static void test_threads_that_are_not_given_are_those_of_openmp(void **state) {
+    cpl_device *dev = NULL;
+    int before = omp_get_max_threads();
+    omp_set_num_threads(3);
+    assert_ok(cpl_device_create(&dev, "auto", 0, 0));
+    omp_set_num_threads(before);
     assert_int_equal(cpl_device_threads(dev), 3);
     cpl_device_destroy(&dev);
 }
@@ -213,6 +224,7 @@ int main(void) {
         cmocka_unit_test(test_environment_says_what_auto_is),
         cmocka_unit_test(test_profile_notes_each_operation_once_with_its_time),
         cmocka_unit_test(test_instruction_set_that_is_not_there_is_refused),
+        cmocka_unit_test(test_threads_that_are_not_given_are_those_of_openmp),
         cmocka_unit_test(test_memory_is_counted_zeroed_and_aligned),
         cmocka_unit_test(test_impossible_sizes_are_out_of_memory_by_name),
         cmocka_unit_test(test_a_limit_of_memory_is_kept_and_told),
